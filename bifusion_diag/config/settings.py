@@ -1,0 +1,245 @@
+"""Every setting of a run, typed, documented and range-checked where it is owned.
+
+A preset (``presets/*.yaml``) is a set of differences from the defaults below; see :mod:`bifusion_diag.config.presets`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Metres = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors, values are checked again when assigned."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, frozen=True)
+
+
+class BackboneSettings(Strict):
+    """The sparse U-Net (Res16UNet of MinkowskiNet; Choy et al., CVPR 2019)."""
+
+    layers: tuple[Positive, ...] = Field((2, 2, 2, 2, 2, 2, 2, 2), min_length=8, max_length=8)
+    planes: tuple[Positive, ...] = Field((32, 64, 128, 256, 128, 128, 96, 96), min_length=8, max_length=8)
+    init_dim: Positive = 32
+    first_kernel: Literal[3, 5] = 5
+    bn_momentum: Share = 0.02
+    voxel_size: Metres = 0.05
+
+
+class ClipSettings(Strict):
+    """The 2D branch: a frozen open_clip visual tower and its projection heads."""
+
+    architecture: str = "ViT-B-16"
+    weights: str = Field("random", description="'random', a local file, or an open_clip pretrained tag")
+    width: Positive = Field(768, description="width of the tower; not 768 = a narrower tower of random weights")
+    heads: Positive = 12
+    head_hidden: Positive = 512
+    head_dropout: Share = 0.0
+    head_batchnorm: bool = False
+
+
+class ProjectionSettings(Strict):
+    """3D points to 2D pixels."""
+
+    depth_tolerance: Metres = Field(0.05, description="ε of |depth(u,v) − z| < ε")
+    sanitize: Literal["strict", "replace"] = Field(
+        "strict",
+        description="non-finite camera coordinates: 'strict' = the point is not valid; "
+        "'replace' = the untransformed points are used, as document 000 shows",
+    )
+    normalize: Literal["before_sampling", "after_sampling"] = Field(
+        "before_sampling",
+        description="L2-normalise the feature map, or the sampled features (points out of view are zero vectors)",
+    )
+
+
+class GateSettings(Strict):
+    """LiteFusionGate."""
+
+    hidden: Positive = 64
+    early_steps: int = Field(3000, ge=0, description="α = 0.5 with frozen weights for so many of `reference_steps`")
+    invalid_alpha: Share = 0.1
+
+
+class DecoderSettings(Strict):
+    """ESAM's mixed query decoder."""
+
+    layers: Positive = 3
+    width: Positive = 256
+    heads: Positive = 8
+    hidden: Positive = 1024
+    dropout: Share = 0.0
+    instance_classes: Positive = 1
+    semantic_classes: Positive = 200
+    score_head: bool = False
+    box_head: bool = False
+    learnable_queries: int = Field(0, ge=0)
+    query_share: Share = Field(0.5, description="training draws between this share and all of the superpoints as queries")
+
+
+class ModelSettings(Strict):
+    """Which model, and the sizes of its parts."""
+
+    fusion: Literal["none", "lite"] = Field("lite", description="'none' is the 3D baseline")
+    common_width: Positive = Field(256, description="C: width of the fused point features (the baseline keeps the U-Net's)")
+    sparse_engine: Literal["auto", "native", "minkowski"] = "auto"
+    film_hidden: Positive = 128
+    backbone: BackboneSettings = BackboneSettings()
+    clip: ClipSettings = ClipSettings()
+    projection: ProjectionSettings = ProjectionSettings()
+    gate: GateSettings = GateSettings()
+    decoder: DecoderSettings = DecoderSettings()
+
+
+class SemanticLossSettings(Strict):
+    """Cross-entropy over the semantic classes on superpoint queries."""
+
+    weight: NonNegative = 0.4
+
+
+class InstanceLossSettings(Strict):
+    """The instance loss and its matcher."""
+
+    style: Literal["unified", "esam"] = "unified"
+    weight: NonNegative = 1.0
+    parts: tuple[NonNegative, ...] = Field(
+        (1.0, 0.8, 0.2), description="unified: [class, mask, objectness]; esam: [class, BCE, Dice, score, box]"
+    )
+    no_object_weight: NonNegative = 0.1
+    focal_alpha: Share = 0.25
+    focal_gamma: NonNegative = 2.0
+    mask_bce_share: Share = Field(0.6, description="unified: mask loss = share · BCE + (1 − share) · Dice")
+    match_class: NonNegative = 0.5
+    match_bce: NonNegative = 1.0
+    match_dice: NonNegative = 1.0
+    match_topk: Positive = 1
+    empty_match: Literal["zero", "nan"] = Field(
+        "zero", description="an object that no query matches: 'zero' skips it, 'nan' averages over nothing as ESAM does"
+    )
+
+    @model_validator(mode="after")
+    def _parts_fit_style(self) -> InstanceLossSettings:
+        expected = {"unified": 3, "esam": 5}[self.style]
+        if len(self.parts) != expected:
+            raise ValueError(f"instance.parts has {len(self.parts)} weights; style '{self.style}' takes {expected}")
+        return self
+
+
+class ClipAlignSettings(Strict):
+    """−log(σ(cos/τ) + 1e-8) between 2D and 3D features."""
+
+    weight: NonNegative = 0.1
+    target: Literal["point", "global"] = "point"
+    temperature: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 0.07
+    gradient_flow: Share = Field(0.05, description="share of the gradient let through to the 2D side")
+
+
+class SpatialConsistencySettings(Strict):
+    """Feature similarity of each point with its nearest neighbours."""
+
+    weight: NonNegative = 0.05
+    neighbours: Positive = 8
+    max_points: Positive = Field(4096, description="points drawn a step, to bound the neighbour search")
+
+
+class NoViewSettings(Strict):
+    """Points without a valid view learn from confident neighbours that have one."""
+
+    weight: NonNegative = 0.05
+    confidence: Share = 0.8
+    radius: Metres = 0.3
+    max_points: Positive = 4096
+
+
+class LossSettings(Strict):
+    """All loss terms and the schedule of their weights.
+
+    ``constant`` uses each term's own weight. ``staged`` and ``progressive_clip`` replace the group weights (semantic,
+    instance, clip, aux) by those of the schedule; within ``aux``, the two terms keep the proportion of their weights.
+    """
+
+    schedule: Literal["constant", "staged", "progressive_clip"] = "staged"
+    semantic: SemanticLossSettings = SemanticLossSettings()
+    instance: InstanceLossSettings = InstanceLossSettings()
+    clip_align: ClipAlignSettings = ClipAlignSettings()
+    spatial_consistency: SpatialConsistencySettings = SpatialConsistencySettings()
+    no_view: NoViewSettings = NoViewSettings()
+
+
+class OptimSettings(Strict):
+    """AdamW and its learning-rate schedule."""
+
+    lr: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 2e-4
+    weight_decay: NonNegative = 0.05
+    clip_grad: float | None = Field(10.0, gt=0.0, description="maximum total L2 norm of the gradient; null = off")
+    schedule: Literal["constant", "poly"] = "poly"
+    poly_power: Annotated[float, Field(gt=0.0)] = 0.9
+
+
+class TrainingSettings(Strict):
+    """The loop."""
+
+    steps: Positive = 200
+    batch_size: Positive = 2
+    seed: int = Field(0, ge=0)
+    device: str = Field("auto", description="'auto', 'cpu', 'cuda', 'cuda:1', ...")
+    stages: bool = Field(True, description="freeze and unfreeze parts as document 003 says (S0, S1, S2)")
+    reference_steps: Positive = Field(33_000, description="the documents' run length; their counts are scaled by steps/this")
+    checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints; 0 = only at the end and on interruption")
+
+
+class AugmentSettings(Strict):
+    """Augmentation of the points, as in ESAM. It never touches what the projection uses."""
+
+    flip: Share = 0.5
+    rotate: bool = True
+    scale: tuple[float, float] = (0.8, 1.2)
+    translate_std: NonNegative = 0.1
+    elastic: Share = 0.5
+
+
+class FlawSettings(Strict):
+    """Flaws of real captures in synthetic rooms: the chance that a scene has each. All off by default."""
+
+    lost_tracking: Share = Field(0.0, description="one view's pose is −inf, as ScanNet marks it")
+    far_outliers: Share = Field(0.0, description="a few points hundreds of metres away")
+    colour_outliers: Share = Field(0.0, description="colours outside [0, 255]")
+    wrong_extrinsics: Share = Field(0.0, description="one view's pose belongs to another place")
+    empty_crop: Share = Field(0.0, description="only a handful of points are left")
+    single_instance: Share = Field(0.0, description="the scene has one labelled instance")
+    no_instance: Share = Field(0.0, description="the scene has no labelled instance")
+
+
+class DataSettings(Strict):
+    """Where scenes come from and how they are cut."""
+
+    source: str = Field("synthetic", description="'synthetic' or a folder of RGB-D frames")
+    scenes: Positive = Field(64, description="synthetic: number of different rooms")
+    views: Positive = Field(1, description="images a scene")
+    point_views: Positive = Field(1, description="views that points come from; more than `views` leaves points unseen")
+    image_height: Positive = 240
+    image_width: Positive = 320
+    max_points: Positive = Field(20_000, description="points kept a scene, as in ESAM's single-view data")
+    crop_size: Metres = Field(6.4, description="side of the cube that a training crop keeps")
+    superpoint_size: Metres = Field(0.25, description="seed distance of VCCS")
+    superpoint_voxel: Metres = 0.04
+    augment: AugmentSettings = AugmentSettings()
+    flaws: FlawSettings = FlawSettings()
+
+
+class Settings(Strict):
+    """All settings of a run."""
+
+    preset: str = "bifusion"
+    scale: Literal["full", "small"] = "full"
+    model: ModelSettings = ModelSettings()
+    losses: LossSettings = LossSettings()
+    optim: OptimSettings = OptimSettings()
+    training: TrainingSettings = TrainingSettings()
+    data: DataSettings = DataSettings()
