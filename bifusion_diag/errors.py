@@ -18,10 +18,12 @@ def near_matches(word: str, options: Iterable[str]) -> str:
         options: every word that would have been right.
 
     Returns:
-        A sentence to append to an error message: the near matches, or else every option.
+        A sentence to append to an error message: the near matches, or else every option where these are few.
     """
     known = sorted(options)
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
     if close:
         return " Did you mean " + " or ".join(repr(match) for match in close) + "?"
+    if len(known) > 25:
+        return ""
     return " Known: " + ", ".join(known) + "."

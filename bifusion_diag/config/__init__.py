@@ -1,1 +1,19 @@
-"""Settings and presets."""
+"""Typed settings, presets, and how a run's settings are put together."""
+
+from bifusion_diag.config.presets import (
+    ConfigError,
+    load_settings,
+    preset_description,
+    preset_names,
+    settings_from_dict,
+)
+from bifusion_diag.config.settings import Settings
+
+__all__ = [
+    "ConfigError",
+    "Settings",
+    "load_settings",
+    "preset_description",
+    "preset_names",
+    "settings_from_dict",
+]

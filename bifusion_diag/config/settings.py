@@ -80,14 +80,18 @@ class DecoderSettings(Strict):
     score_head: bool = False
     box_head: bool = False
     learnable_queries: int = Field(0, ge=0)
-    query_share: Share = Field(0.5, description="training draws between this share and all of the superpoints as queries")
+    query_share: Share = Field(
+        0.5, description="training draws between this share and all of the superpoints as queries"
+    )
 
 
 class ModelSettings(Strict):
     """Which model, and the sizes of its parts."""
 
     fusion: Literal["none", "lite"] = Field("lite", description="'none' is the 3D baseline")
-    common_width: Positive = Field(256, description="C: width of the fused point features (the baseline keeps the U-Net's)")
+    common_width: Positive = Field(
+        256, description="C: width of the fused point features (the baseline keeps the U-Net's)"
+    )
     sparse_engine: Literal["auto", "native", "minkowski"] = "auto"
     film_hidden: Positive = 128
     backbone: BackboneSettings = BackboneSettings()
@@ -190,8 +194,12 @@ class TrainingSettings(Strict):
     seed: int = Field(0, ge=0)
     device: str = Field("auto", description="'auto', 'cpu', 'cuda', 'cuda:1', ...")
     stages: bool = Field(True, description="freeze and unfreeze parts as document 003 says (S0, S1, S2)")
-    reference_steps: Positive = Field(33_000, description="the documents' run length; their counts are scaled by steps/this")
-    checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints; 0 = only at the end and on interruption")
+    reference_steps: Positive = Field(
+        33_000, description="the documents' run length; their counts are scaled by steps/this"
+    )
+    checkpoint_every: int = Field(
+        0, ge=0, description="steps between checkpoints; 0 = only at the end and on interruption"
+    )
 
 
 class AugmentSettings(Strict):

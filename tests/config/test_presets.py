@@ -1,0 +1,96 @@
+"""Presets, config files and overrides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bifusion_diag.config import ConfigError, load_settings, preset_description, preset_names, settings_from_dict
+
+
+def test_every_preset_loads_at_both_scales_and_says_what_it_is() -> None:
+    assert {"bifusion", "bifusion-fragile", "baseline", "baseline-5cm"} <= set(preset_names())
+    for name in preset_names():
+        assert preset_description(name)
+        for scale in ("full", "small"):
+            settings = load_settings(name, scale=scale)
+            assert (settings.preset, settings.scale) == (name, scale)
+
+
+def test_the_baseline_has_esams_documented_settings() -> None:
+    settings = load_settings("baseline")
+    assert settings.model.backbone.layers == (2, 3, 4, 6, 2, 2, 2, 2)
+    assert settings.model.backbone.planes == (32, 64, 128, 256, 256, 128, 96, 96)
+    assert settings.model.backbone.voxel_size == 0.02
+    assert settings.losses.instance.parts == (0.5, 1.0, 1.0, 0.5, 0.5)
+    assert (settings.optim.lr, settings.optim.weight_decay, settings.optim.clip_grad) == (1e-4, 0.05, 10.0)
+
+
+def test_the_controlled_twin_differs_from_the_baseline_in_the_grid_alone() -> None:
+    twin = load_settings("baseline-5cm").model_dump()
+    twin["preset"] = "baseline"
+    twin["model"]["backbone"]["voxel_size"] = 0.02
+    assert twin == load_settings("baseline").model_dump()
+
+
+def test_small_keeps_the_architecture_and_divides_the_widths() -> None:
+    full, small = load_settings("bifusion"), load_settings("bifusion", scale="small")
+    assert small.model.backbone.layers == full.model.backbone.layers
+    assert [4 * width for width in small.model.backbone.planes] == list(full.model.backbone.planes)
+    assert full.model.clip.width / full.model.clip.heads == small.model.clip.width / small.model.clip.heads
+    assert small.model.common_width * 4 == full.model.common_width
+    assert small.losses == full.losses
+
+
+def test_each_layer_wins_over_the_one_before(tmp_path: Path) -> None:
+    config = tmp_path / "mine.yaml"
+    config.write_text("preset: baseline\nscale: small\noptim: {lr: 0.5, weight_decay: 0.25}\n")
+    settings = load_settings(config=config, overrides=["optim.lr=1e-3", "optim.clip_grad=null"])
+    assert (settings.preset, settings.scale) == ("baseline", "small")
+    assert (settings.optim.lr, settings.optim.weight_decay, settings.optim.clip_grad) == (1e-3, 0.25, None)
+    assert load_settings("bifusion", config=config).preset == "bifusion"
+
+
+def test_a_stored_dump_gives_the_same_settings_back(tmp_path: Path) -> None:
+    settings = load_settings("bifusion-fragile", scale="small", overrides=["losses.instance.empty_match=nan"])
+    assert settings_from_dict(settings.model_dump(mode="json"), "run.json") == settings
+    config = tmp_path / "dump.yaml"
+    config.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    assert load_settings(config=config) == settings
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"preset": "biffusion"}, r"unknown preset 'biffusion'. Did you mean 'bifusion'"),
+        ({"overrides": ["optim.lrr=3"]}, r"unknown key 'optim.lrr'. Did you mean 'optim.lr'"),
+        ({"overrides": ["temperature=3"]}, r"Did you mean 'losses.clip_align.temperature'"),
+        ({"overrides": ["optim.lr=-3"]}, r"optim.lr: Input should be greater than 0 \(got -3\)"),
+        ({"overrides": ["optim=3"]}, r"'optim' holds the settings lr, weight_decay"),
+        ({"overrides": ["optim.lr"]}, r"--set takes key=value, for example optim.lr=1e-4; got 'optim.lr'"),
+        ({"overrides": ["optim=1", "optim.lr=1"]}, r"'optim' was given a value before"),
+        ({"overrides": ["losses.instance.style=esam"]}, r"has 3 weights; style 'esam' takes 5"),
+        ({"overrides": ["scale=tiny"]}, r"unknown scale 'tiny'"),
+    ],
+)
+def test_bad_settings_say_where_and_what_was_meant(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_settings(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("- a\n- b\n", "must hold a mapping"), ("a: [1", "is not YAML"), ("optimm: {lr: 1}", "Did you mean 'optim'")],
+)
+def test_bad_config_files_name_the_file(tmp_path: Path, content: str, message: str) -> None:
+    config = tmp_path / "bad.yaml"
+    config.write_text(content)
+    with pytest.raises(ConfigError, match=f"bad.yaml.*{message}"):
+        load_settings(config=config)
+
+
+def test_a_missing_config_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read the config file .*none.yaml"):
+        load_settings(config=tmp_path / "none.yaml")
