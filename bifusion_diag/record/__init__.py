@@ -1,6 +1,8 @@
 """The run record: append-only while a run lasts, one bounded run.json at its end. Knows no torch."""
 
+from bifusion_diag.record.environment import collect_environment
 from bifusion_diag.record.load import load_run
+from bifusion_diag.record.reader import RecordReader
 from bifusion_diag.record.schema import (
     SCHEMA_VERSION,
     Event,
@@ -12,6 +14,8 @@ from bifusion_diag.record.schema import (
     Series,
     SeriesStats,
 )
+from bifusion_diag.record.tensorboard import TensorBoardSink
+from bifusion_diag.record.writer import RunWriter
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -19,9 +23,13 @@ __all__ = [
     "Histogram",
     "ModuleInfo",
     "RecordError",
+    "RecordReader",
     "Run",
     "RunHeader",
+    "RunWriter",
     "Series",
     "SeriesStats",
+    "TensorBoardSink",
+    "collect_environment",
     "load_run",
 ]
