@@ -1,0 +1,55 @@
+"""TensorBoard files read back with TensorBoard's own reader, and the environment against the interpreter."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from bifusion_diag.record import RunHeader, RunWriter, TensorBoardSink, collect_environment
+
+
+def test_events_hold_the_same_numbers(tmp_path: Path) -> None:
+    sink = TensorBoardSink(tmp_path / "tb")
+    edges = np.linspace(0, 1, 5)
+    with RunWriter(tmp_path / "run.json", RunHeader("id", "n", "now"), tensorboard=sink) as writer:
+        writer.append([0, 1, 2], {"loss/total": [1, np.nan, 3], "grads/a/state": [1, 2, 3]}, {"loss/total": [0, 0, 1]})
+        writer.append_histogram("gate/alpha", [1, 2], [[9, 9, 9, 9], [0, 2, 3, 0]], edges)
+    sink.close()
+    events = EventAccumulator(str(tmp_path / "tb"), size_guidance={"scalars": 0, "histograms": 0})
+    events.Reload()
+    total = events.Scalars("loss/total")
+    assert [event.step for event in total] == [0, 1]  # the missing one is absent
+    np.testing.assert_array_equal([event.value for event in total], [1, np.nan])
+    assert [(event.step, event.value) for event in events.Scalars("grads/a/state")] == [(2, 3.0)]  # once a block
+    (histogram,) = events.Histograms("gate/alpha")
+    assert histogram.step == 2
+    value = histogram.histogram_value
+    assert (value.num, value.min, value.max) == (5, 0.25, 0.75)
+    np.testing.assert_allclose(value.bucket_limit, edges[1:])
+    np.testing.assert_allclose(value.bucket, [0, 2, 3, 0])
+    assert value.sum == pytest.approx(2 * 0.375 + 3 * 0.625)
+
+
+def git(folder: Path, *arguments: str) -> str:
+    who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    result = subprocess.run(["git", "-C", str(folder), *who, *arguments], check=True, capture_output=True, text=True)
+    return result.stdout.strip()
+
+
+def test_environment(tmp_path: Path) -> None:
+    found = collect_environment(tmp_path)
+    assert found["python"] == platform.python_version()
+    assert found["packages"]["numpy"] == np.__version__
+    assert found["git"] is None
+    git(tmp_path, "init", "-q")
+    (tmp_path / "a").write_text("1")
+    git(tmp_path, "add", "a")
+    git(tmp_path, "commit", "-q", "-m", "a")
+    assert collect_environment(tmp_path)["git"] == {"commit": git(tmp_path, "rev-parse", "HEAD"), "modified": False}
+    (tmp_path / "a").write_text("2")
+    assert collect_environment(tmp_path)["git"]["modified"] is True
