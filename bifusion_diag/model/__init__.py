@@ -1,0 +1,1 @@
+"""The model: encoders, pooling, decoder, losses, and what they return."""

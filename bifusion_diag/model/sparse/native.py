@@ -1,0 +1,82 @@
+"""The built-in engine: pure PyTorch, on any device, with bit-identical results from run to run."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import bifusion_diag
+from bifusion_diag.model.sparse.convolution import Workspace, sparse_convolution
+from bifusion_diag.model.sparse.coordinates import Level
+from bifusion_diag.model.sparse.kernel_map import (
+    KernelMap,
+    general_map,
+    kernel_offsets,
+    pooling_map,
+    symmetric_map,
+)
+from bifusion_diag.model.sparse.tensor import SparseMaps
+
+
+class NativeMaps:
+    """Scales and kernel maps of one batch, each made when it is first needed.
+
+    Args:
+        cells: (M, 4) int64 finest voxels, unique, in lexicographic order.
+    """
+
+    def __init__(self, cells: Tensor) -> None:
+        self._levels = {1: Level(cells, 1)}
+        self._parents: dict[int, Tensor] = {}
+        self._maps: dict[tuple[int, int, int, int], KernelMap] = {}
+        self._work = Workspace()
+
+    def coords(self, stride: int) -> Tensor:
+        return self._levels[stride].coords
+
+    def convolve(
+        self, feats: Tensor, kernel: Tensor, in_stride: int, *, size: int, stride: int, dilation: int
+    ) -> Tensor:
+        return sparse_convolution(feats, kernel, self._map(in_stride, size, stride, dilation), self._work)
+
+    def convolve_transposed(self, feats: Tensor, kernel: Tensor, in_stride: int, *, size: int, stride: int) -> Tensor:
+        kernel_map = self._map(in_stride // stride, size, stride, 1).transposed()
+        return sparse_convolution(feats, kernel, kernel_map, self._work)
+
+    def _map(self, in_stride: int, size: int, stride: int, dilation: int) -> KernelMap:
+        key = (in_stride, size, stride, dilation)
+        if key not in self._maps:
+            self._maps[key] = self._build(*key)
+        return self._maps[key]
+
+    def _coarser(self, in_stride: int, factor: int) -> tuple[Level, Tensor]:
+        """The scale in_stride · factor, and the row there of each voxel of scale in_stride."""
+        coarse, parent = self._levels[in_stride].coarser(factor)
+        return self._levels.setdefault(in_stride * factor, coarse), parent
+
+    def _build(self, in_stride: int, size: int, stride: int, dilation: int) -> KernelMap:
+        fine = self._levels[in_stride]
+        offsets = kernel_offsets(size, dilation)
+        if stride == 1:
+            table = fine.lookup(fine.cells, offsets)
+            return symmetric_map(table) if size % 2 else general_map(table, len(fine))
+        coarse, parent = self._coarser(in_stride, stride)
+        corner = coarse.cells.clone()
+        corner[:, 1:] *= stride
+        if size == stride and dilation == 1:
+            x, y, z = (fine.cells - corner.index_select(0, parent))[:, 1:].unbind(1)
+            return pooling_map(parent, x + size * (y + size * z), size**3, len(coarse))
+        return general_map(fine.lookup(corner, offsets), len(fine))
+
+
+class NativeEngine:
+    """Sparse convolution in pure PyTorch."""
+
+    name = "native"
+
+    @property
+    def version(self) -> str:
+        return f"{bifusion_diag.__version__} (torch {torch.__version__})"
+
+    def maps(self, cells: Tensor) -> SparseMaps:
+        return NativeMaps(cells)
