@@ -1,0 +1,54 @@
+"""From records to answers: measures, criteria, findings, comparison. Reads records only, knows no torch."""
+
+from bifusion_diag.diagnosis.compare import MeasurePair, RunAssessment, RunComparison, assess_run, compare_runs
+from bifusion_diag.diagnosis.criteria import Criterion
+from bifusion_diag.diagnosis.definitions import DEFINITIONS, Definition, definition_of
+from bifusion_diag.diagnosis.findings import Evidence, Finding, Rule, Unmeasured
+from bifusion_diag.diagnosis.full import measure_record
+from bifusion_diag.diagnosis.measures import Measures, measure, measures_from_dict, measures_to_dict
+from bifusion_diag.diagnosis.modules import ModuleGradient, ModulePair
+from bifusion_diag.diagnosis.origins import Origin
+from bifusion_diag.diagnosis.parting import Parting
+from bifusion_diag.diagnosis.plain import to_plain
+from bifusion_diag.diagnosis.quantity import NotMeasured, Quantity, Reading
+from bifusion_diag.diagnosis.rules import RULES
+from bifusion_diag.diagnosis.settings_diff import SettingGroup, SettingRow
+from bifusion_diag.diagnosis.spikes import SpikeDetector, find_spikes
+from bifusion_diag.diagnosis.thresholds import Thresholds
+from bifusion_diag.diagnosis.verdict import Verdict
+
+__all__ = [
+    "DEFINITIONS",
+    "RULES",
+    "Criterion",
+    "Definition",
+    "Evidence",
+    "Finding",
+    "MeasurePair",
+    "Measures",
+    "ModuleGradient",
+    "ModulePair",
+    "NotMeasured",
+    "Origin",
+    "Parting",
+    "Quantity",
+    "Reading",
+    "Rule",
+    "RunAssessment",
+    "RunComparison",
+    "SettingGroup",
+    "SettingRow",
+    "SpikeDetector",
+    "Thresholds",
+    "Unmeasured",
+    "Verdict",
+    "assess_run",
+    "compare_runs",
+    "definition_of",
+    "find_spikes",
+    "measure",
+    "measure_record",
+    "measures_from_dict",
+    "measures_to_dict",
+    "to_plain",
+]

@@ -1,0 +1,163 @@
+"""The success criteria of the documents: pass, fail or not measured, with the number and the threshold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from bifusion_diag.diagnosis.measures import Measures
+from bifusion_diag.diagnosis.names import MIOU, NORM, TOTAL, loss_terms
+from bifusion_diag.diagnosis.quantity import NotMeasured, Quantity, Reading
+from bifusion_diag.record.schema import Run
+
+CLEAN_EPOCHS = 20
+GRAD_NORM_LIMIT = 3.0
+ALPHA_BAND = (0.3, 0.7)
+WARM_UP_SHARE = 3000 / 33_000  # document 003: stage S0 is 3,000 of 33,000 steps
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """One criterion, judged.
+
+    Attributes:
+        key: stable id.
+        title: what is asked for, in words.
+        threshold: the bound in words.
+        result: "not measured" is never a pass.
+        reading: the number that was judged, or why there is none.
+        note: what the number means, where that needs saying.
+    """
+
+    key: str
+    title: str
+    threshold: str
+    result: Literal["pass", "fail", "not measured"]
+    reading: Reading
+    note: str = ""
+
+
+def judge(run: Run, measures: Measures, baseline: Run | None = None) -> tuple[Criterion, ...]:
+    """Judge a run by every criterion; `baseline` is what its validation mIoU is compared with."""
+    return (
+        _clean_epochs(run),
+        _norm_after_warm_up(run),
+        _no_jump(measures),
+        _alpha_in_band(measures),
+        _miou_above(run, baseline),
+    )
+
+
+def warm_up_steps(run: Run) -> int:
+    """Length of the warm-up: the document's stage S0, scaled to the run's planned length.
+
+    The share is the run's own ``model.gate.early_steps ÷ training.reference_steps`` where its settings state both, else
+    3,000 ÷ 33,000.
+    """
+    planned = run.header.steps_planned or (int(run.steps[-1]) + 1 if len(run.steps) else 0)
+    early = _setting(run.settings, "model", "gate", "early_steps")
+    reference = _setting(run.settings, "training", "reference_steps")
+    share = early / reference if early is not None and reference else WARM_UP_SHARE
+    return math.ceil(planned * min(share, 1.0))
+
+
+def steps_per_epoch(run: Run) -> float | None:
+    """Optimiser steps an epoch, None where the record doesn't tell how many scenes an epoch has."""
+    scenes = run.provenance.get("scenes_per_epoch")
+    if scenes is None and _setting(run.settings, "data", "source") == "synthetic":
+        scenes = _setting(run.settings, "data", "scenes")
+    batch = _setting(run.settings, "training", "batch_size")
+    if not isinstance(scenes, int | float) or not batch or scenes <= 0:
+        return None
+    return max(float(scenes) / float(batch), 1.0)
+
+
+def _setting(settings: Mapping[str, Any], *path: str) -> Any:
+    value: Any = settings
+    for key in path:
+        if not isinstance(value, Mapping) or key not in value:
+            return None
+        value = value[key]
+    return value
+
+
+def _clean_epochs(run: Run) -> Criterion:
+    key, title, threshold = "clean_epochs", "No NaN or Inf loss in 20 epochs on end", f"≥ {CLEAN_EPOCHS} epochs"
+    epoch = steps_per_epoch(run)
+    names = [TOTAL, *loss_terms(run).values()]
+    losses = [series for name in names if (series := run.series(name)) is not None]
+    if not losses or not len(run.steps):
+        return Criterion(key, title, threshold, "not measured", NotMeasured("no loss was recorded"))
+    if epoch is None:
+        reason = "the record does not tell how many scenes an epoch has"
+        return Criterion(key, title, threshold, "not measured", NotMeasured(reason))
+    bad = np.unique(np.concatenate([series.steps[series.nonfinite > 0] for series in losses]))
+    bounds = np.concatenate([[run.steps[0] - 1], bad, [run.steps[-1] + 1]])
+    longest = float(np.diff(bounds).max() - 1) / epoch
+    reading = Quantity(longest, "epochs")
+    if longest >= CLEAN_EPOCHS:
+        return Criterion(key, title, threshold, "pass", reading, "longest stretch without a non-finite loss")
+    if bad.size:
+        note = f"longest stretch without a non-finite loss; non-finite at {bad.size} steps, first at step {bad[0]}"
+        return Criterion(key, title, threshold, "fail", reading, note)
+    reason = f"clean so far, but the run has only {longest:.3g} epochs"
+    return Criterion(key, title, threshold, "not measured", NotMeasured(reason))
+
+
+def _norm_after_warm_up(run: Run) -> Criterion:
+    key, threshold = "grad_norm", f"< {GRAD_NORM_LIMIT}"
+    warm_up = warm_up_steps(run)
+    title = f"Pre-clip gradient norm after warm-up ({warm_up} steps)"
+    norm = run.series(NORM)
+    if norm is None:
+        return Criterion(key, title, threshold, "not measured", NotMeasured(f"{NORM} was not recorded"))
+    later = norm.steps >= warm_up
+    values = norm.max[later]
+    finite = values[np.isfinite(values)]
+    nonfinite = int(norm.nonfinite[later].sum())
+    if not finite.size and not nonfinite:
+        return Criterion(key, title, threshold, "not measured", NotMeasured("no step after the warm-up"))
+    largest = float(finite.max()) if finite.size else math.inf
+    note = "largest norm after the warm-up" + (f"; {nonfinite} steps are non-finite" if nonfinite else "")
+    result: Literal["pass", "fail"] = "pass" if largest < GRAD_NORM_LIMIT and not nonfinite else "fail"
+    return Criterion(key, title, threshold, result, Quantity(largest), note)
+
+
+def _no_jump(measures: Measures) -> Criterion:
+    key, title, threshold = "no_jump", "No jump like 5 → 45 of the gradient norm", "0 spikes"
+    spikes = measures.readings["spikes"]
+    if isinstance(spikes, NotMeasured):
+        return Criterion(key, title, threshold, "not measured", spikes)
+    note = f"first at step {measures.spikes[0]}" if measures.spikes else ""
+    return Criterion(key, title, threshold, "pass" if spikes.value == 0 else "fail", spikes, note)
+
+
+def _alpha_in_band(measures: Measures) -> Criterion:
+    key, title = "alpha", "Mean α (“fusion_2d_ratio”)"
+    low, high = ALPHA_BAND
+    threshold = f"in [{low}, {high}]"
+    alpha = measures.readings.get("gate/mean", NotMeasured("no gate was recorded"))
+    if isinstance(alpha, NotMeasured) or alpha.value is None:
+        return Criterion(key, title, threshold, "not measured", alpha)
+    return Criterion(key, title, threshold, "pass" if low <= alpha.value <= high else "fail", alpha)
+
+
+def _miou_above(run: Run, baseline: Run | None) -> Criterion:
+    key, title, threshold = "miou", "Validation mIoU above the baseline's", "> baseline"
+    mine = _last_finite(run, MIOU)
+    theirs = None if baseline is None else _last_finite(baseline, MIOU)
+    if mine is None or theirs is None:
+        reason = "no baseline to compare with" if baseline is None else f"{MIOU} was not recorded in both runs"
+        return Criterion(key, title, threshold, "not measured", NotMeasured(reason))
+    result: Literal["pass", "fail"] = "pass" if mine > theirs else "fail"
+    return Criterion(key, title, threshold, result, Quantity(mine), f"baseline {theirs:.4g}")
+
+
+def _last_finite(run: Run, name: str) -> float | None:
+    series = run.series(name)
+    finite = np.zeros(0) if series is None else series.value[np.isfinite(series.value)]
+    return float(finite[-1]) if finite.size else None

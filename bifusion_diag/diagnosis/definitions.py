@@ -1,0 +1,122 @@
+"""What every measure of stability means: one definition each, shown wherever the number is shown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Definition:
+    """One measure.
+
+    Attributes:
+        key: its name in records and tables; one that ends in "/*" is a family, one member a term, module or place.
+        title: in words.
+        text: how it is computed.
+        better: which direction is more stable; "" where neither is.
+        group: the table that it is shown in.
+    """
+
+    key: str
+    title: str
+    text: str
+    better: Literal["lower", "higher", ""]
+    group: str
+
+
+_RUN = "Bad steps"
+_NORM = "Pre-clip gradient norm"
+_LOSS = "Loss terms"
+_CLIP = "CLIP features"
+_VIEW = "Projection"
+_GATE = "Gate α"
+
+DEFINITIONS: tuple[Definition, ...] = (
+    Definition("steps", "recorded steps", "Steps in the record.", "", _RUN),
+    Definition("bad_steps", "bad steps", "Steps that are non-finite or a spike of the gradient norm.", "lower", _RUN),
+    Definition(
+        "nonfinite_steps",
+        "non-finite steps",
+        "Steps whose total loss, any raw loss term or pre-clip gradient norm is NaN or infinite.",
+        "lower",
+        _RUN,
+    ),
+    Definition("first_nonfinite_step", "first non-finite step", "The first of the non-finite steps.", "", _RUN),
+    Definition(
+        "spikes",
+        "spikes",
+        "Steps with a pre-clip gradient norm above 8 × the median of the previous 50 finite ones and more than 6 "
+        "robust standard deviations (1.4826 · MAD) above the median of their logarithms.",
+        "lower",
+        _RUN,
+    ),
+    Definition(
+        "spike_rate", "spike rate", "Spikes ÷ steps that could be judged (at least 10 earlier norms).", "lower", _RUN
+    ),
+    Definition("grad_norm/p50", "median", "Of the finite pre-clip gradient norms.", "", _NORM),
+    Definition("grad_norm/p95", "95th percentile", "Of the finite pre-clip gradient norms.", "lower", _NORM),
+    Definition("grad_norm/p99", "99th percentile", "Of the finite pre-clip gradient norms.", "lower", _NORM),
+    Definition("grad_norm/max", "maximum", "Of the finite pre-clip gradient norms.", "lower", _NORM),
+    Definition(
+        "grad_cv", "spread (MAD ÷ median)", "Median absolute deviation ÷ median of the finite norms.", "lower", _NORM
+    ),
+    Definition(
+        "clipped_share", "clipped steps", "Share of steps whose gradient was shrunk by clipping.", "lower", _NORM
+    ),
+    Definition("shrink_factor", "mean shrink factor", "Mean clip coefficient of the clipped steps.", "higher", _NORM),
+    Definition("update_ratio/*", "update ratio", "Median over steps of ‖Δw‖ ÷ ‖w‖ of the module.", "", "Update ratio"),
+    Definition(
+        "loss_share/*",
+        "share of the loss",
+        "Mean over steps of |weighted term| ÷ Σ |weighted terms|, where all terms are finite.",
+        "",
+        _LOSS,
+    ),
+    Definition("gradient_share", "share of the gradient", "Each term's share in shared modules.", "", _LOSS),
+    Definition("gradient_cosine", "cosine between gradients", "Of the terms, on shared modules.", "", _LOSS),
+    Definition("clip/*/min", "minimum", "Smallest value of any step.", "", _CLIP),
+    Definition("clip/*/max", "maximum", "Largest value of any step.", "", _CLIP),
+    Definition("clip/*/absmax", "largest |x|", "Largest absolute value of any step.", "lower", _CLIP),
+    Definition("clip/*/p99.9", "99.9th percentile of |x|", "Median over steps.", "lower", _CLIP),
+    Definition("clip/*/share_gt_10", "share of |x| > 10", "Mean over steps.", "lower", _CLIP),
+    Definition("clip/*/norm_mean", "mean norm", "Median over steps of the mean feature norm.", "", _CLIP),
+    Definition("clip/*/nonfinite", "non-finite values", "Summed over steps.", "lower", _CLIP),
+    Definition("clip/ratio_2d_3d", "2D : 3D norm ratio", "Median over steps.", "", _CLIP),
+    Definition("projection/points", "points × views", "Projected, summed over steps.", "", _VIEW),
+    Definition("projection/nan", "NaN coordinates", "Summed over steps.", "lower", _VIEW),
+    Definition("projection/inf", "infinite coordinates", "Summed over steps.", "lower", _VIEW),
+    Definition("projection/behind", "behind the camera", "Summed over steps.", "", _VIEW),
+    Definition("projection/outside", "outside the image", "Summed over steps.", "", _VIEW),
+    Definition("projection/occluded", "occluded", "The depth image disagrees; summed over steps.", "", _VIEW),
+    Definition("projection/valid", "valid", "Summed over steps.", "higher", _VIEW),
+    Definition("projection/valid_share", "valid share", "Mean over steps.", "higher", _VIEW),
+    Definition("projection/valid_share_min", "lowest valid share", "Of any step.", "higher", _VIEW),
+    Definition("gate/mean", "mean α", "Mean over steps of the mean weight of the 2D feature.", "", _GATE),
+    Definition("gate/share_lt_0.05", "share of α < .05", "Mean over steps.", "lower", _GATE),
+    Definition("gate/share_gt_0.95", "share of α > .95", "Mean over steps.", "lower", _GATE),
+)
+
+_BY_KEY = {definition.key: definition for definition in DEFINITIONS}
+
+
+def definition_of(key: str) -> Definition:
+    """The definition of a measure, or of the family that it belongs to.
+
+    Raises:
+        KeyError: no definition has that key.
+    """
+    if key in _BY_KEY:
+        return _BY_KEY[key]
+    first, _, rest = key.partition("/")
+    if first == "clip":  # clip/<where>/<statistic>
+        return _BY_KEY[f"clip/*/{rest.split('/', 1)[-1]}"]
+    return _BY_KEY[f"{first}/*"]
+
+
+def member_of(key: str) -> str:
+    """The term, module or place of a measure of a family; "" for a measure of its own."""
+    if key in _BY_KEY:
+        return ""
+    first, _, rest = key.partition("/")
+    return rest.split("/", 1)[0] if first == "clip" else rest

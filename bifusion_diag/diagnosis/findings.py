@@ -1,0 +1,107 @@
+"""Findings: what a rule saw in a record, with its evidence. One list for terminal, HTML and JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from bifusion_diag.diagnosis.measures import Measures
+from bifusion_diag.diagnosis.quantity import NotMeasured, Reading
+from bifusion_diag.diagnosis.settings_diff import flatten
+from bifusion_diag.diagnosis.thresholds import DEFAULT_THRESHOLDS, Thresholds
+from bifusion_diag.record.schema import Run
+
+Severity = Literal["error", "warning", "note"]
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One number of a finding and the series that it comes from."""
+
+    label: str
+    reading: Reading
+    series: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a rule saw.
+
+    Attributes:
+        rule: stable id of the rule.
+        severity: "error" breaks training, "warning" may, "note" is worth knowing.
+        title: in words.
+        evidence: the numbers.
+        mechanism: how the numbers come about, no further than the record shows it.
+        steps: first and last step where it holds, None for the whole run.
+        count: how many steps, None for the whole run.
+        module: where, None where the rule does not tell.
+        term: which loss term, likewise.
+        samples: scenes of the first of the steps, where the record names them.
+        remedy: settings to change (dotted key → value), None where the record alone does not support one.
+    """
+
+    rule: str
+    severity: Severity
+    title: str
+    evidence: tuple[Evidence, ...]
+    mechanism: str
+    steps: tuple[int, int] | None = None
+    count: int | None = None
+    module: str | None = None
+    term: str | None = None
+    samples: tuple[str, ...] = ()
+    remedy: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Unmeasured:
+    """A rule that had no data."""
+
+    rule: str
+    title: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Context:
+    """What rules read."""
+
+    run: Run
+    measures: Measures
+    thresholds: Thresholds = DEFAULT_THRESHOLDS
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The run's settings as text by dotted key."""
+        return flatten(self.run.settings)
+
+    def reading(self, key: str) -> Reading:
+        """A measure, "was not recorded" where there is none."""
+        return self.measures.readings.get(key, NotMeasured("was not recorded"))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule: its id, its title where it can't be measured, and the function that looks."""
+
+    id: str
+    title: str
+    look: Callable[[Context], list[Finding] | NotMeasured]
+
+
+def apply_rules(context: Context, rules: tuple[Rule, ...]) -> tuple[tuple[Finding, ...], tuple[Unmeasured, ...]]:
+    """Findings, worst first (then earliest, then in the order of the rules), and the rules that had no data."""
+    findings: list[Finding] = []
+    unmeasured: list[Unmeasured] = []
+    for rule in rules:
+        result = rule.look(context)
+        if isinstance(result, NotMeasured):
+            unmeasured.append(Unmeasured(rule.id, rule.title, result.reason))
+        else:
+            findings.extend(result)
+    findings.sort(key=lambda found: (SEVERITIES.index(found.severity), found.steps[0] if found.steps else 2**62))
+    return tuple(findings), tuple(unmeasured)

@@ -1,0 +1,61 @@
+"""The measures at full resolution, from the folder of a run that is ending: what run.json stores before it is reduced.
+
+The columns that are read whole are those of the loop, the losses, the features, the projection and the gate. Of the
+many series by module only the rows around bad steps are kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bifusion_diag.diagnosis.measures import Measures, measure
+from bifusion_diag.diagnosis.origins import rows_needed
+from bifusion_diag.record.reader import RecordReader
+from bifusion_diag.record.schema import Run, Series
+
+_GROUP_VALUES = 16_000_000  # values read at once: 64 MB, and 16 MB for which of them are missing
+
+
+class _Columns(Mapping[str, Series]):
+    """Series made on demand from columns (R, C), so that a long run needs one series' arrays at a time."""
+
+    def __init__(self, reader: RecordReader, names: Sequence[str], rows: NDArray[np.int64] | None = None) -> None:
+        self._reader = reader
+        self._place: dict[str, int] = {name: place for place, name in enumerate(names)}
+        self._steps = reader.steps if rows is None else reader.steps[rows]
+        self._values = np.empty((len(self._steps), len(names)), np.float32)
+        self._missing = np.empty(self._values.shape, bool)
+        group = max(1, _GROUP_VALUES // max(1, len(reader.steps)))
+        for start in range(0, len(names), group):
+            here = slice(start, start + group)
+            values, missing = reader.columns(names[here])
+            self._values[:, here] = values if rows is None else values[rows]
+            self._missing[:, here] = missing if rows is None else missing[rows]
+
+    def __getitem__(self, name: str) -> Series:
+        place = self._place[name]
+        unit = self._reader.state.header.unit(name)
+        return Series.from_values(name, self._steps, self._values[:, place], self._missing[:, place], unit)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._place)
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+
+def measure_record(reader: RecordReader) -> Measures:
+    """Measure a run at full resolution. Store ``measures_to_dict(...)`` of it when the run ends."""
+    by_module = [name for name in reader.names if name.startswith("grads/")]
+    others = [name for name in reader.names if not name.startswith("grads/")]
+    state = reader.state
+    run = Run(state.header, state.status, state.error, reader.steps, _Columns(reader, others), {}, reader.events(), {})
+    measures = measure(run)
+    rows = rows_needed(reader.steps, measures.bad)
+    near_bad = dict(_Columns(reader, by_module, rows))
+    traced = measure(dataclasses.replace(run, all_series={**run.all_series, **near_bad}))
+    return dataclasses.replace(measures, origins=traced.origins)

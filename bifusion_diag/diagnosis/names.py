@@ -1,0 +1,38 @@
+"""Names of the recorded series that diagnosis reads, and how to read them step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bifusion_diag.record.schema import Run
+
+TOTAL = "loss/total"
+NORM = "train/grad_norm"
+COEFFICIENT = "train/clip_coefficient"
+MIOU = "eval/miou"
+CLIP_PLACES = ("tokens", "head", "points")
+
+
+def loss_terms(run: Run, suffix: str = "raw") -> dict[str, str]:
+    """Series names of the loss terms by term; `suffix` is "raw" or "weighted"."""
+    names = [name for name in run.names("loss/") if name.endswith(f"/{suffix}")]
+    return {name[len("loss/") : -len(suffix) - 1]: name for name in names}
+
+
+def is_exact(run: Run, prefix: str = "") -> bool:
+    """Whether the record still holds every step of every series whose name begins with `prefix`."""
+    return all(run.all_series[name].exact for name in run.names(prefix))
+
+
+def table(run: Run, names: Sequence[str], steps: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Values of exact series on given steps (names, K); NaN where there is none."""
+    rows = np.full((len(names), steps.size), np.nan)
+    for row, name in zip(rows, names, strict=True):
+        series = run.all_series[name]
+        if len(series.steps) and steps.size:
+            place = np.searchsorted(series.steps, steps).clip(max=len(series.steps) - 1)
+            row[:] = np.where(series.steps[place] == steps, series.value[place], np.nan)
+    return rows

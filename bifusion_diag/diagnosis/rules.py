@@ -1,0 +1,316 @@
+"""The rules: each looks for one thing in a record. A new rule is a function and a line in `RULES`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from bifusion_diag.diagnosis.criteria import warm_up_steps
+from bifusion_diag.diagnosis.findings import Context, Evidence, Finding, Rule
+from bifusion_diag.diagnosis.names import COEFFICIENT, NORM, TOTAL
+from bifusion_diag.diagnosis.origins import Origin, most_common_place
+from bifusion_diag.diagnosis.quantity import NotMeasured, Quantity
+
+
+def nonfinite_loss(context: Context) -> list[Finding] | NotMeasured:
+    """A loss term is NaN or infinite: one finding a term."""
+    if context.run.series(TOTAL) is None:
+        return NotMeasured(f"{TOTAL} was not recorded")
+    findings = []
+    for term in dict.fromkeys(term for origin in context.measures.origins for term in origin.terms):
+        steps = [origin for origin in context.measures.origins if term in origin.terms]
+        remedy = None
+        if context.settings.get("losses.instance.empty_match") == "nan" and term.startswith("inst"):
+            remedy = {"losses.instance.empty_match": "zero"}
+        finite_norm = sum(_is_finite(context, NORM, origin.step) for origin in steps)
+        mechanism = (
+            f"At {finite_norm} of these steps every gradient is finite all the same: the term is averaged over nothing "
+            "or is cut off from the weights, and skipping the step would throw good gradients away."
+            if finite_norm
+            else "The gradient norm is non-finite at the same steps: the term reaches the weights."
+        )
+        findings.append(
+            Finding(
+                "nonfinite-loss",
+                "error",
+                f"Loss term {term} is non-finite",
+                (
+                    *_steps_evidence(steps, f"loss/{term}/raw"),
+                    Evidence("of these with a finite gradient norm", Quantity(finite_norm, "steps"), NORM),
+                ),
+                mechanism,
+                *_extent(steps),
+                term=term,
+                samples=steps[0].scenes,
+                remedy=remedy,
+            )
+        )
+    return findings
+
+
+def nonfinite_gradient(context: Context) -> list[Finding] | NotMeasured:
+    """The loss is finite and the gradient is not: one finding a module where it starts."""
+    norm = context.run.series(NORM)
+    if norm is None:
+        return NotMeasured(f"{NORM} was not recorded")
+    started = [origin for origin in context.measures.origins if origin.kind == "non-finite" and not origin.terms]
+    findings = []
+    for module in dict.fromkeys(origin.module for origin in started):
+        steps = [origin for origin in started if origin.module == module]
+        place = f"in {module}" if module else "in a place that the record does not show (probe grads tells)"
+        remedy = None
+        if context.settings.get("model.projection.sanitize") == "replace" and _mostly_badly_projected(context, steps):
+            remedy = {"model.projection.sanitize": "strict"}
+        findings.append(
+            Finding(
+                "nonfinite-gradient",
+                "error",
+                f"Non-finite gradient with a finite loss, first {place}",
+                _steps_evidence(steps, NORM),
+                "It arises in the backward pass. One non-finite element makes the total norm non-finite; clipping by "
+                "that norm then spreads it to every gradient, and an optimiser step to every weight.",
+                *_extent(steps),
+                module=module,
+                samples=steps[0].scenes,
+                remedy=remedy,
+            )
+        )
+    return findings
+
+
+def gradient_spike(context: Context) -> list[Finding] | NotMeasured:
+    """Jumps of the gradient norm: one finding."""
+    if isinstance(reading := context.reading("spikes"), NotMeasured):
+        return reading
+    steps = [origin for origin in context.measures.origins if origin.kind == "spike"]
+    if not steps:
+        return []
+    place = most_common_place(steps)
+    evidence = _steps_evidence(steps, NORM)
+    mechanism = "The loss is finite at these steps; the gradient norm alone jumps."
+    module = None
+    if place is not None:
+        module, count = place
+        growth = max(origin.growth or 0.0 for origin in steps if origin.module == module)
+        evidence += (Evidence(f"largest growth in {module}", Quantity(growth, "×"), f"grads/{module}/param_norm"),)
+        mechanism += (
+            f" At {count} of {len(steps)}, {module} is the first module of the backward pass whose gradient jumps."
+        )
+    return [
+        Finding(
+            "gradient-spike",
+            "warning",
+            "The gradient norm jumps",
+            evidence,
+            mechanism,
+            *_extent(steps),
+            module=module,
+            samples=steps[0].scenes,
+        )
+    ]
+
+
+def clipping_always_on(context: Context) -> list[Finding] | NotMeasured:
+    """Nearly every step is clipped."""
+    share = context.reading("clipped_share")
+    if isinstance(share, NotMeasured):
+        return share
+    if share.value is None or share.value <= context.thresholds.clipped_share:
+        return []
+    return [
+        Finding(
+            "clipping-always-on",
+            "note",
+            "Nearly every step is clipped",
+            (
+                Evidence("clipped steps", share, COEFFICIENT),
+                Evidence("mean shrink factor", context.reading("shrink_factor"), COEFFICIENT),
+            ),
+            "With clipping always on every step has the same gradient norm: its limit acts as a learning rate, and a "
+            "term with a large gradient takes its share from all others.",
+        )
+    ]
+
+
+def alpha_out_of_band(context: Context) -> list[Finding] | NotMeasured:
+    """The mean α leaves the documents' band."""
+    mean = context.reading("gate/mean")
+    if isinstance(mean, NotMeasured) or mean.value is None:
+        return mean if isinstance(mean, NotMeasured) else []
+    low, high = context.thresholds.alpha_low, context.thresholds.alpha_high
+    if low <= mean.value <= high:
+        return []
+    valid = context.reading("projection/valid_share")
+    evidence = [Evidence("mean α", mean, "gate/mean")]
+    if isinstance(valid, Quantity):
+        evidence.append(Evidence("valid share", valid, "projection/valid_share"))
+    branch = "3D" if mean.value < low else "2D"
+    mechanism = f"The fusion leans on the {branch} branch."
+    if branch == "3D":
+        mechanism += (
+            " Points without a valid view have α fixed at a low value, so a low valid share alone pulls the mean down."
+        )
+    title = f"Mean α lies outside [{low}, {high}]"
+    return [Finding("alpha-out-of-band", "warning", title, tuple(evidence), mechanism)]
+
+
+def alpha_stuck(context: Context) -> list[Finding] | NotMeasured:
+    """α does not move after the warm-up, in which it is frozen by design."""
+    mean = context.run.series("gate/mean")
+    if mean is None:
+        return NotMeasured("gate/mean was not recorded")
+    later = mean.value[(mean.steps >= warm_up_steps(context.run)) & np.isfinite(mean.value)]
+    if later.size < context.thresholds.min_steps:
+        return NotMeasured(f"{later.size} steps after the warm-up; {context.thresholds.min_steps} are needed")
+    spread = float(later.std())
+    if spread >= context.thresholds.alpha_stuck:
+        return []
+    evidence = (Evidence("standard deviation of the mean α", Quantity(spread), "gate/mean"),)
+    return [
+        Finding("alpha-stuck", "warning", "α does not move after the warm-up", evidence, "The gate is not learning.")
+    ]
+
+
+def gate_saturated(context: Context) -> list[Finding] | NotMeasured:
+    """Most of α is at the ends."""
+    low, high = context.reading("gate/share_lt_0.05"), context.reading("gate/share_gt_0.95")
+    if isinstance(low, NotMeasured):
+        return low
+    if isinstance(high, NotMeasured):
+        return high
+    if (low.value or 0.0) + (high.value or 0.0) <= context.thresholds.saturated_share:
+        return []
+    evidence = (Evidence("α < .05", low, "gate/share_lt_0.05"), Evidence("α > .95", high, "gate/share_gt_0.95"))
+    mechanism = "There the slope of the sigmoid is below 0.05: the gate hardly learns from these points."
+    return [Finding("gate-saturated", "warning", "The gate is saturated", evidence, mechanism)]
+
+
+def projection_nonfinite(context: Context) -> list[Finding] | NotMeasured:
+    """Points are projected to NaN or infinity."""
+    series = [context.run.series(f"projection/{name}") for name in ("nan", "inf")]
+    if series[0] is None or series[1] is None:
+        return NotMeasured("no projection was recorded")
+    bad = np.union1d(*(one.steps[one.max > 0] for one in series if one is not None))
+    if not bad.size:
+        return []
+    replaced = context.settings.get("model.projection.sanitize") == "replace"
+    mechanism = "A pose or a point of these scenes is non-finite (ScanNet marks lost tracking with a pose of −inf)."
+    if replaced:
+        mechanism += " This run replaces such coordinates by the untransformed points: finite, and wrong."
+    return [
+        Finding(
+            "projection-nonfinite",
+            "warning",
+            "Points are projected to NaN or infinity",
+            (
+                Evidence("steps", Quantity(bad.size, "steps"), "projection/inf"),
+                Evidence("NaN coordinates", context.reading("projection/nan"), "projection/nan"),
+                Evidence("infinite coordinates", context.reading("projection/inf"), "projection/inf"),
+            ),
+            mechanism,
+            (int(bad[0]), int(bad[-1])),
+            int(bad.size),
+            remedy={"model.projection.sanitize": "strict"} if replaced else None,
+        )
+    ]
+
+
+def low_valid_share(context: Context) -> list[Finding] | NotMeasured:
+    """Few points have a valid view."""
+    share = context.reading("projection/valid_share")
+    if isinstance(share, NotMeasured):
+        return share
+    if share.value is None or share.value >= context.thresholds.valid_share:
+        return []
+    evidence = (Evidence("mean valid share", share, "projection/valid_share"),)
+    mechanism = "Only these points receive 2D features; the 2D losses are averaged over few points."
+    return [Finding("low-valid-share", "warning", "Few points have a valid view", evidence, mechanism)]
+
+
+def clip_out_of_range(context: Context) -> list[Finding] | NotMeasured:
+    """Features past the projection head are large."""
+    readings = {key: context.reading(key) for key in ("clip/head/absmax", "clip/points/absmax")}
+    measured = {key: reading for key, reading in readings.items() if isinstance(reading, Quantity)}
+    if not measured:
+        return NotMeasured("no CLIP features past the projection head were recorded")
+    limit = context.thresholds.clip_absmax
+    high = {key: reading for key, reading in measured.items() if reading.value is not None and reading.value > limit}
+    if not high:
+        return []
+    evidence = tuple(Evidence(f"largest |x|, {key.split('/')[1]}", reading, key) for key, reading in high.items())
+    mechanism = f"Document 002 expects features within ±{limit:g}."
+    return [Finding("clip-out-of-range", "warning", "CLIP features are out of range", evidence, mechanism)]
+
+
+def scale_mismatch(context: Context) -> list[Finding] | NotMeasured:
+    """2D and 3D features have very different norms."""
+    ratio = context.reading("clip/ratio_2d_3d")
+    if isinstance(ratio, NotMeasured):
+        return ratio
+    limit = context.thresholds.norm_ratio
+    if ratio.value is None or 1 / limit <= ratio.value <= limit:
+        return []
+    small = "3D" if ratio.value > limit else "2D"
+    evidence = (Evidence("median 2D : 3D norm ratio", ratio, "clip/ratio_2d_3d"),)
+    mechanism = f"In the fused feature the {small} branch is drowned."
+    return [Finding("scale-mismatch", "warning", "2D and 3D features differ in scale", evidence, mechanism)]
+
+
+def dominant_term(context: Context) -> list[Finding] | NotMeasured:
+    """One term is nearly all of the loss."""
+    shares = {key: reading for key, reading in context.measures.readings.items() if key.startswith("loss_share/")}
+    measured = {key: reading for key, reading in shares.items() if isinstance(reading, Quantity)}
+    if not measured:
+        return NotMeasured("the share of the loss terms was not measured")
+    findings = []
+    for key, reading in measured.items():
+        if len(measured) > 1 and reading.value is not None and reading.value > context.thresholds.dominant_term:
+            term = key.split("/", 1)[1]
+            evidence = (Evidence("mean share of the loss", reading, f"loss/{term}/weighted"),)
+            title = f"{term} is nearly all of the loss"
+            mechanism = "A share of the loss is not a share of the gradient, which this record does not hold."
+            findings.append(Finding("dominant-term", "note", title, evidence, mechanism, term=term))
+    return findings
+
+
+RULES: tuple[Rule, ...] = (
+    Rule("nonfinite-loss", "Non-finite loss", nonfinite_loss),
+    Rule("nonfinite-gradient", "Non-finite gradient", nonfinite_gradient),
+    Rule("gradient-spike", "Spikes of the gradient norm", gradient_spike),
+    Rule("projection-nonfinite", "Non-finite projection", projection_nonfinite),
+    Rule("clipping-always-on", "Clipping always on", clipping_always_on),
+    Rule("alpha-out-of-band", "Mean α outside its band", alpha_out_of_band),
+    Rule("alpha-stuck", "α stuck after the warm-up", alpha_stuck),
+    Rule("gate-saturated", "Gate saturated", gate_saturated),
+    Rule("low-valid-share", "Low valid share", low_valid_share),
+    Rule("clip-out-of-range", "CLIP features out of range", clip_out_of_range),
+    Rule("scale-mismatch", "2D and 3D features differ in scale", scale_mismatch),
+    Rule("dominant-term", "One term dominates the loss", dominant_term),
+)
+
+
+def _is_finite(context: Context, name: str, step: int) -> bool:
+    series = context.run.series(name)
+    if series is None:
+        return False
+    here = series.steps == step
+    return bool(here.any() and np.isfinite(series.value[here]).all())
+
+
+def _mostly_badly_projected(context: Context, origins: Sequence[Origin]) -> bool:
+    """Whether at least half of these steps also have non-finite camera coordinates."""
+    series = [context.run.series(f"projection/{name}") for name in ("nan", "inf")]
+    bad = {int(step) for one in series if one is not None for step in one.steps[one.max > 0]}
+    return 2 * sum(origin.step in bad for origin in origins) >= len(origins)
+
+
+def _extent(origins: Sequence[Origin]) -> tuple[tuple[int, int], int]:
+    return (origins[0].step, origins[-1].step), len(origins)
+
+
+def _steps_evidence(origins: Sequence[Origin], series: str) -> tuple[Evidence, ...]:
+    return (
+        Evidence("steps", Quantity(len(origins), "steps"), series),
+        Evidence("first", Quantity(origins[0].step, "step"), series),
+    )

@@ -1,0 +1,172 @@
+"""The verdict: a state word and one sentence with its numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bifusion_diag.diagnosis.findings import Finding
+from bifusion_diag.diagnosis.measures import Measures
+from bifusion_diag.diagnosis.origins import Origin, most_common_place
+from bifusion_diag.diagnosis.quantity import Quantity
+from bifusion_diag.diagnosis.thresholds import DEFAULT_THRESHOLDS, Thresholds
+
+State = Literal["stable", "less stable", "unstable", "not enough data"]
+LOST_STEPS = 10  # a run that ends with so many non-finite steps on end did not recover
+CHANCE = 0.05  # one-sided level at which more bad steps than the baseline's are not put down to chance
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer of the first screen.
+
+    Attributes:
+        state: never a score.
+        sentence: in plain words.
+        detail: a second sentence: where bad steps start, or what a comparison of the counts says; may be "".
+        remedy: settings to change, of the worst finding that has one.
+    """
+
+    state: State
+    sentence: str
+    detail: str = ""
+    remedy: Mapping[str, Any] | None = None
+
+
+def judge_run(
+    name: str,
+    measures: Measures,
+    steps: NDArray[np.int64],
+    findings: Sequence[Finding],
+    thresholds: Thresholds = DEFAULT_THRESHOLDS,
+) -> Verdict:
+    """The verdict on one run by itself: stable, unstable, or not enough data."""
+    state = state_of(measures, steps, thresholds)
+    words = {"stable": "is stable", "unstable": "is unstable", "not enough data": "cannot be judged yet"}[state]
+    bad = _count(measures, "bad_steps")
+    sentence = f"{name} {words}: {_bad_in(bad, steps.size)}{_first(measures)}{_tail(measures)}."
+    if state == "not enough data":
+        sentence = sentence[:-1] + f"; calling a run stable takes {thresholds.min_steps} steps."
+    return Verdict(state, sentence, _where(measures.origins), _remedy(findings))
+
+
+def judge_pair(
+    names: tuple[str, str],
+    measures: tuple[Measures, Measures],
+    steps: NDArray[np.int64],
+    findings: Sequence[Finding],
+    thresholds: Thresholds = DEFAULT_THRESHOLDS,
+) -> Verdict:
+    """The verdict on a candidate against a baseline over the steps (K,) that both have.
+
+    *Unstable*: the candidate did not recover (its last 10 steps or at least half of all are non-finite), or it is
+    unstable by itself and the baseline is no better. *Less stable*: it has non-finite steps and the baseline has none,
+    or more bad steps than chance explains (Fisher's exact test, one-sided, p < 0.05). Otherwise its own state holds.
+
+    Args:
+        names: of baseline and candidate.
+        measures: of baseline and candidate.
+        steps: (K,) the common steps.
+        findings: of the candidate.
+        thresholds: bounds.
+    """
+    baseline, candidate = measures
+    total = steps.size
+    bad, bad_before = _count(candidate, "bad_steps"), _count(baseline, "bad_steps")
+    own = state_of(candidate, steps, thresholds)
+    chance = fisher_more(bad, bad_before, total)
+    worse = bool(candidate.nonfinite and not baseline.nonfinite) or (bad > bad_before and chance < CHANCE)
+    state: State = own
+    if _is_lost(candidate, steps):
+        state = "unstable"
+    elif worse:
+        state = "less stable"
+    words = {
+        "stable": f"is stable over {total} steps",
+        "less stable": f"is less stable than {names[0]}",
+        "unstable": "is unstable",
+        "not enough data": f"cannot be judged against {names[0]} yet",
+    }[state]
+    counts = f"{_bad_in(bad, total)} (baseline {bad_before})"
+    sentence = f"{names[1]} {words}: {counts}{_first(candidate)}{_tail(candidate, baseline)}."
+    if state == "not enough data":
+        sentence = sentence[:-1] + f"; calling a run stable takes {thresholds.min_steps} steps."
+    detail = _where(candidate.origins)
+    if bad > bad_before and not worse:
+        detail += f" So few more bad steps than the baseline's may be chance (p = {chance:.2g})."
+    return Verdict(state, sentence, detail.strip(), _remedy(findings))
+
+
+def state_of(
+    measures: Measures, steps: NDArray[np.int64], thresholds: Thresholds = DEFAULT_THRESHOLDS
+) -> Literal["stable", "unstable", "not enough data"]:
+    """The state of a run by itself: unstable with any non-finite step or more than 1 % spikes."""
+    rate = measures.number("spike_rate")
+    if measures.nonfinite:
+        return "unstable"
+    if steps.size < thresholds.min_steps or rate is None:
+        return "not enough data"
+    return "unstable" if rate > thresholds.spike_rate else "stable"
+
+
+def fisher_more(candidate: int, baseline: int, steps: int) -> float:
+    """Fisher's exact test, one-sided: the chance that, of all bad steps of two runs of `steps` steps each, at least
+    `candidate` fall to the candidate if both runs are alike."""
+    bad = candidate + baseline
+
+    def log_choose(n: int, k: int) -> float:
+        return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+
+    all_ways = log_choose(2 * steps, bad)
+    most = min(bad, steps)
+    ways = (log_choose(steps, k) + log_choose(steps, bad - k) - all_ways for k in range(candidate, most + 1))
+    return min(1.0, math.fsum(math.exp(way) for way in ways))
+
+
+def _is_lost(measures: Measures, steps: NDArray[np.int64]) -> bool:
+    nonfinite = np.isin(steps, np.asarray(measures.nonfinite, dtype=np.int64))
+    total = _count(measures, "nonfinite_steps")
+    at_the_end = steps.size >= LOST_STEPS and bool(nonfinite[-LOST_STEPS:].all())
+    return at_the_end or total * 2 >= steps.size > 0
+
+
+def _count(measures: Measures, key: str) -> int:
+    number = measures.number(key)
+    return int(number) if number is not None else len(measures.bad if key == "bad_steps" else measures.nonfinite)
+
+
+def _bad_in(bad: int, total: int) -> str:
+    return f"{bad or 'no'} bad step{'' if bad == 1 else 's'} in {total}"
+
+
+def _first(measures: Measures) -> str:
+    return f", first at step {measures.bad[0]}" if measures.bad else ""
+
+
+def _tail(measures: Measures, baseline: Measures | None = None) -> str:
+    """The third number where there is no first bad step to name: how far the norm's tail reaches."""
+    tail = measures.readings.get("grad_norm/p99")
+    if measures.bad or not isinstance(tail, Quantity):
+        return ""
+    before = None if baseline is None else baseline.number("grad_norm/p99")
+    compared = "" if before is None else f" (baseline {before:.3g})"
+    return f"; 99 % of its gradient norms are below {tail.value:.3g}{compared}"
+
+
+def _where(origins: Sequence[Origin]) -> str:
+    place = most_common_place(origins)
+    if place is None:
+        return ""
+    where, count = place
+    scenes = [origin.scenes for origin in origins if origin.place == where and origin.scenes]
+    named = f", the first on {', '.join(scenes[0])}" if scenes else ""
+    return f"{count} of {len(origins)} start in {where}{named}."
+
+
+def _remedy(findings: Sequence[Finding]) -> Mapping[str, Any] | None:
+    return next((found.remedy for found in findings if found.remedy), None)
