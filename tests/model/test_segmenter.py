@@ -1,0 +1,93 @@
+"""The whole model, built from presets."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from bifusion_diag.config.presets import load_settings
+from bifusion_diag.data.batch import Batch
+from bifusion_diag.model.build import build_model
+
+PRESETS = ["baseline", "baseline-5cm", "bifusion", "bifusion-fragile"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_train_a_step(preset: str, batch_of_two: Callable[..., Batch]) -> None:
+    model = build_model(load_settings(preset, scale="small"))
+    model.set_progress(150, 200)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    out = model(batch_of_two())
+    loss = out.loss
+    weighted = sum(loss.weights[name] * term.detach() for name, term in loss.terms.items())
+    torch.testing.assert_close(loss.total.detach(), weighted)
+    assert out.predictions.superpoints.shape == (48, model.encoder.out_channels)
+    loss.total.backward()
+    optimizer.step()
+    for part in ("encoder.backbone", "pool", "decoder"):
+        moved = [name for name in before if name.startswith(part) and not before[name].equal(model.get_parameter(name))]
+        assert moved, part
+
+
+def test_baseline_has_esams_size_to_the_parameter() -> None:
+    with torch.device("meta"):  # counting needs no numbers
+        sizes = build_model(load_settings("baseline")).part_sizes()
+    assert sizes == {
+        "encoder.backbone": (37_854_112, 37_854_112),
+        "pool": (28_896, 28_896),
+        "decoder": (3_576_779, 3_576_779),
+        "total": (41_459_787, 41_459_787),
+    }
+
+
+def test_bifusion_parts_add_up_and_clip_is_not_trainable() -> None:
+    with torch.device("meta"):
+        model = build_model(load_settings("bifusion"))
+    sizes = model.part_sizes()
+    assert list(sizes) == [
+        *(f"encoder.{name}" for name in ("clip", "spatial_head", "global_head", "backbone", "head3d", "geometry")),
+        "encoder.film",
+        "encoder.gate",
+        "pool",
+        "decoder",
+        "total",
+    ]
+    assert sizes["encoder.clip"] == (86_192_640, 0)
+    assert sizes["encoder.backbone"].total == 15_491_232
+    assert sizes["encoder.gate"].total == 98_689
+    total = sizes.pop("total")
+    assert total.total == sum(size.total for size in sizes.values())
+    assert total.trainable == total.total - 86_192_640
+
+    model.set_progress(0, 100)  # the gate's early phase
+    assert model.part_sizes()["encoder.gate"].trainable == 65_792
+
+
+def test_progress_reaches_gate_and_losses(batch_of_two: Callable[..., Batch]) -> None:
+    model = build_model(load_settings("bifusion", scale="small"))
+    batch = batch_of_two()
+    model.set_progress(0, 110)
+    first = model(batch)
+    model.set_progress(10, 110)  # 3000 of 33000 steps
+    second = model(batch)
+    model.set_progress(109, 110)
+    last = model(batch)
+    valid = first.predictions.encoder.valid
+    assert (first.predictions.encoder.alpha[valid] == 0.5).all()
+    assert not (second.predictions.encoder.alpha[valid] == 0.5).any()
+    assert first.loss.weights["clip_align"] == 0.2  # staged: 0.2 at the start, 0.04 at the end
+    assert last.loss.weights["clip_align"] == 0.04
+
+
+def test_baseline_does_not_import_open_clip() -> None:
+    code = (
+        "import sys; from bifusion_diag.config.presets import load_settings;"
+        "from bifusion_diag.model.build import build_model;"
+        "build_model(load_settings('baseline', scale='small')); print('open_clip' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "False\n"
