@@ -1,8 +1,39 @@
 """Scenes: posed RGB-D images with labelled points, and how they become batches.
 
-=====================  ================================================================================
-``scene``              :class:`Scene`, one sample in numpy
-``geometry``           pinhole camera: world to camera to pixel and back
-``batch``              :class:`Batch`, scenes concatenated as torch tensors
-=====================  ================================================================================
+==================  ===================================================================================
+``scene``           :class:`Scene`, one sample in numpy
+``source``          :class:`SceneSource` and :func:`open_source`: where scenes come from
+``synthetic``       procedural rooms with ground truth
+``rgbd``            folders of RGB-D frames
+``superpoints``     VCCS over-segmentation
+``pseudo_labels``   geometric labels for captures that have none
+``scannet200``      the class names
+``crop``            cutting a scene to what a step can hold
+``augment``         :class:`Augmentation` of point coordinates
+``geometry``        pinhole camera: world to camera to pixel and back
+``batch``           :class:`Batch`, scenes concatenated as torch tensors
+``loader``          :class:`BatchLoader`, the batch of any step
+==================  ===================================================================================
 """
+
+from bifusion_diag.data.augment import Augmentation
+from bifusion_diag.data.batch import Batch, collate
+from bifusion_diag.data.crop import crop
+from bifusion_diag.data.loader import BatchLoader
+from bifusion_diag.data.scannet200 import CLASS_NAMES, STUFF_CLASSES, class_id
+from bifusion_diag.data.scene import Scene
+from bifusion_diag.data.source import SceneSource, open_source
+
+__all__ = [
+    "CLASS_NAMES",
+    "STUFF_CLASSES",
+    "Augmentation",
+    "Batch",
+    "BatchLoader",
+    "Scene",
+    "SceneSource",
+    "class_id",
+    "collate",
+    "crop",
+    "open_source",
+]

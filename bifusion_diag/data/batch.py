@@ -51,7 +51,8 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with every tensor on ``device``."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in values.items()})
+        moved: dict[str, Any] = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in values.items()}
+        return Batch(**moved)
 
 
 def collate(scenes: Sequence[Scene], coords: Sequence[NDArray[Any]]) -> Batch:

@@ -1,0 +1,57 @@
+"""Batches by step number."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bifusion_diag.config.settings import DataSettings
+from bifusion_diag.data.augment import Augmentation
+from bifusion_diag.data.batch import Batch, collate
+from bifusion_diag.data.crop import crop
+from bifusion_diag.data.source import SceneSource
+from bifusion_diag.errors import UserError
+
+# Random streams of one seed are kept apart by a number of their own.
+_ORDER, _SAMPLE = 1, 2
+
+
+class BatchLoader:
+    """Serves the batch of any step: a pure function of (seed, step).
+
+    So a resumed run, a replayed step and a second run of another model all see the same batches. An epoch visits every
+    scene once, in an order of its own; a batch may span two epochs.
+    """
+
+    def __init__(self, source: SceneSource, settings: DataSettings, *, batch_size: int, seed: int) -> None:
+        """Raises UserError for a source that has no scenes."""
+        if len(source) == 0:
+            raise UserError(f"the data source has no scenes: {source.describe()}")
+        self.source = source
+        self.settings = settings
+        self.batch_size = batch_size
+        self.seed = seed
+        self.augment = Augmentation(settings.augment)
+
+    @property
+    def scenes_per_epoch(self) -> int:
+        """Number of scenes that an epoch visits once each."""
+        return len(self.source)
+
+    def scene_indices(self, step: int) -> tuple[int, ...]:
+        """Which scenes make up the batch of ``step`` (counted from 0)."""
+        first = step * self.batch_size
+        indices = []
+        for position in range(first, first + self.batch_size):
+            epoch, place = divmod(position, len(self.source))
+            indices.append(int(np.random.default_rng([self.seed, _ORDER, epoch]).permutation(len(self.source))[place]))
+        return tuple(indices)
+
+    def batch(self, step: int) -> Batch:
+        """The batch of ``step`` (counted from 0), cropped and augmented."""
+        scenes, coords = [], []
+        for slot, index in enumerate(self.scene_indices(step)):
+            rng = np.random.default_rng([self.seed, _SAMPLE, step, slot])
+            scene = crop(self.source[index], self.settings, rng)
+            scenes.append(scene)
+            coords.append(self.augment(scene.points[:, :3], rng))
+        return collate(scenes, coords)
