@@ -103,7 +103,7 @@ def estimate_up(normals: np.ndarray, weight: np.ndarray, hint: np.ndarray) -> np
     Source:
         Gupta et al., Perceptual organization and recognition of indoor scenes, CVPR 2013, section 4.1 (gravity).
     """
-    up = np.asarray(hint, dtype=np.float64) / np.linalg.norm(hint)
+    up = _unit(np.asarray(hint, dtype=np.float64))
     for angle in [np.radians(45)] * 5 + [np.radians(15)] * 5:
         along = np.abs(normals @ up)
         level, upright = along > np.cos(angle), along < np.sin(angle)
