@@ -1,0 +1,115 @@
+"""All losses of a model, by name, and their weighted sum."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from bifusion_diag.config.settings import DecoderSettings, LossSettings
+from bifusion_diag.data.batch import Batch
+from bifusion_diag.errors import UserError
+from bifusion_diag.model.losses.clip_align import clip_align_loss
+from bifusion_diag.model.losses.instance import INSTANCE_TERMS, instance_terms
+from bifusion_diag.model.losses.no_view import no_view_loss
+from bifusion_diag.model.losses.schedule import group_weights
+from bifusion_diag.model.losses.semantic import semantic_loss
+from bifusion_diag.model.losses.spatial_consistency import spatial_consistency_loss
+from bifusion_diag.model.losses.targets import scene_targets
+from bifusion_diag.model.outputs import LossOutput, Predictions
+
+
+class Criterion(nn.Module):
+    """The terms in fixed order: semantic, instance parts, clip_align, spatial_consistency, no_view.
+
+    A term is there only if the model predicts what it needs and its own weight is not 0; a term whose weight is 0 only
+    now, by the schedule, is measured but takes no part in the total (0 · NaN would be NaN).
+
+    Args:
+        settings: the losses.
+        decoder: which heads exist.
+        fused: the encoder has 2D features; without them there are no clip and no auxiliary terms.
+
+    Raises:
+        UserError: no term is left, or the instance classes are not class-agnostic.
+    """
+
+    def __init__(self, settings: LossSettings, decoder: DecoderSettings, *, fused: bool) -> None:
+        super().__init__()
+        if decoder.instance_classes != 1:
+            raise UserError(
+                f"model.decoder.instance_classes is {decoder.instance_classes}: the instance losses are "
+                "class-agnostic, set it to 1 (classes come from the semantic head)"
+            )
+        self.settings = settings
+        self.decoder = decoder
+        self.fused = fused
+        self._step, self._total_steps = 0, 1
+        self.term_names = _active_terms(settings, decoder, fused)
+        if not self.term_names:
+            raise UserError("losses: every term that this model can have has weight 0; give one of them a weight")
+
+    def set_progress(self, step: int, total_steps: int) -> None:
+        """Move the schedule to ``step`` of ``total_steps``."""
+        self._step, self._total_steps = step, total_steps
+
+    def forward(self, predictions: Predictions, batch: Batch) -> LossOutput:
+        """Compute every term.
+
+        Args:
+            predictions: of the decoder, with the encoder's output.
+            batch: the ground truth.
+
+        Returns:
+            The total, the raw terms and their weights at this step.
+        """
+        available = self._terms(predictions, batch)
+        terms = {name: available[name] for name in self.term_names}
+        weights = self._weights()
+        nothing = terms[self.term_names[0]].reshape(1)[:0].sum()  # keeps the graph when every weight is 0 now
+        total = sum((weights[name] * term for name, term in terms.items() if weights[name]), start=nothing)
+        return LossOutput(total=total, terms=terms, weights=weights)
+
+    def _terms(self, predictions: Predictions, batch: Batch) -> dict[str, Tensor]:
+        """The raw terms that are active, and the parts of the instance loss that are not."""
+        settings, encoder = self.settings, predictions.encoder
+        targets = scene_targets(batch, self.decoder.semantic_classes)
+        queries = predictions.query_superpoints
+        terms: dict[str, Tensor] = {}
+        if "semantic" in self.term_names:
+            terms["semantic"] = semantic_loss(predictions.semantic, queries, [scene.semantic for scene in targets])
+        if any(name.startswith("instance_") for name in self.term_names):
+            terms |= instance_terms(predictions.layers, queries, targets, settings.instance)
+        if "clip_align" in self.term_names:
+            terms["clip_align"] = clip_align_loss(encoder, batch.scene_index, settings.clip_align)
+        if "spatial_consistency" in self.term_names:
+            terms["spatial_consistency"] = spatial_consistency_loss(encoder.f3d, batch, settings.spatial_consistency)
+        if "no_view" in self.term_names:
+            terms["no_view"] = no_view_loss(encoder, batch, settings.no_view)
+        return terms
+
+    def _weights(self) -> dict[str, float]:
+        """Weight of each active term at this step."""
+        groups = group_weights(self.settings, self._step, self._total_steps)
+        parts = _instance_parts(self.settings)
+        return {name: groups["instance"] * parts[name] if name in parts else groups[name] for name in self.term_names}
+
+
+def _instance_parts(settings: LossSettings) -> dict[str, float]:
+    """Weight of each instance term within the instance group."""
+    return dict(zip(INSTANCE_TERMS[settings.instance.style], settings.instance.parts, strict=True))
+
+
+def _active_terms(settings: LossSettings, decoder: DecoderSettings, fused: bool) -> tuple[str, ...]:
+    """Names of the terms that apply, in their fixed order."""
+    missing = set()
+    if not decoder.score_head:
+        missing.add("instance_score")
+    if not decoder.box_head:
+        missing.add("instance_box")
+    if not fused:
+        missing |= {"clip_align", "spatial_consistency", "no_view"}
+    own = {"semantic": settings.semantic.weight}
+    own |= {name: settings.instance.weight * part for name, part in _instance_parts(settings).items()}
+    own["clip_align"] = settings.clip_align.weight
+    own["spatial_consistency"] = settings.spatial_consistency.weight
+    own["no_view"] = settings.no_view.weight
+    return tuple(name for name, weight in own.items() if weight and name not in missing)

@@ -1,0 +1,154 @@
+"""The criterion: which terms exist, their weights, their sum, and degenerate batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from bifusion_diag.config import load_settings
+from bifusion_diag.config.settings import DecoderSettings, LossSettings
+from bifusion_diag.data.batch import Batch
+from bifusion_diag.errors import UserError
+from bifusion_diag.model.losses import Criterion
+from bifusion_diag.model.outputs import LossOutput, Predictions
+
+DECODER = DecoderSettings(semantic_classes=7, score_head=True)
+ALL_TERMS = (
+    "semantic", "instance_class", "instance_mask", "instance_score", "clip_align", "spatial_consistency", "no_view",
+)  # fmt: skip
+
+
+def _criterion(*, fused: bool = True, decoder: DecoderSettings = DECODER, **settings: Any) -> Criterion:
+    return Criterion(LossSettings.model_validate(settings), decoder, fused=fused)
+
+
+def _sum(loss: LossOutput) -> float:
+    return sum(loss.weights[name] * term.item() for name, term in loss.terms.items() if loss.weights[name])
+
+
+def _leaves(predictions: Predictions) -> list[torch.Tensor]:
+    leaves = [t for layer in predictions.layers for t in (*layer.classes, *layer.masks, *(layer.scores or []))]
+    return [*leaves, *predictions.semantic, predictions.encoder.f3d, predictions.encoder.fused]
+
+
+BASELINE_TERMS = ("semantic", "instance_class", "instance_bce", "instance_dice")
+
+
+@pytest.mark.parametrize(
+    ("preset", "terms"),
+    [
+        ("baseline", BASELINE_TERMS),
+        ("bifusion", ALL_TERMS),
+        ("bifusion-fragile", (*BASELINE_TERMS, "instance_score", "clip_align")),
+    ],
+)
+def test_presets_have_their_terms_in_fixed_order(preset: str, terms: tuple[str, ...]) -> None:
+    settings = load_settings(preset)
+    criterion = Criterion(settings.losses, settings.model.decoder, fused=settings.model.fusion != "none")
+    assert criterion.term_names == terms
+
+
+def test_total_is_the_weighted_sum_and_follows_the_schedule(
+    batch_of: Callable[..., Batch], predict: Callable[..., Predictions]
+) -> None:
+    batch = batch_of([60, 40], [12, 9], [3, 2])
+    predictions = predict(batch)
+    criterion = _criterion(schedule="staged")
+    assert list(criterion(predictions, batch).terms) == list(ALL_TERMS)
+    for step, semantic, instance, clip, aux in ((0, 0.3, 0.4, 0.2, 0.1), (5, 0.4, 0.5, 0.08, 0.02)):
+        criterion.set_progress(step, 10)
+        loss = criterion(predictions, batch)
+        expected = [semantic, instance * 1.0, instance * 0.8, instance * 0.2, clip, aux / 2, aux / 2]
+        assert list(loss.weights.values()) == pytest.approx(expected)
+        assert list(loss.weights) == list(loss.terms)
+        assert loss.total.item() == pytest.approx(_sum(loss), rel=1e-5)
+
+
+def test_a_term_weighted_zero_now_is_measured_but_cannot_spoil_the_total(
+    batch_of: Callable[..., Batch], predict: Callable[..., Predictions]
+) -> None:
+    batch = batch_of([30], [6], [2])
+    predictions = predict(batch)
+    assert predictions.encoder.f2d is not None
+    with torch.no_grad():
+        predictions.encoder.f2d.fill_(float("nan"))
+    criterion = _criterion(schedule="progressive_clip", no_view={"weight": 0})
+    criterion.set_progress(0, 128)
+    loss = criterion(predictions, batch)
+    assert loss.weights["clip_align"] == 0.0
+    assert loss.terms["clip_align"].isnan()
+    assert torch.isfinite(loss.total)
+    criterion.set_progress(60, 128)
+    assert criterion(predictions, batch).total.isnan()
+
+
+def test_only_a_term_that_is_off_for_now_still_gives_a_total_with_a_graph(
+    batch_of: Callable[..., Batch], predict: Callable[..., Predictions]
+) -> None:
+    off = {"weight": 0}
+    criterion = _criterion(
+        schedule="progressive_clip", semantic=off, instance=off, spatial_consistency=off, no_view=off
+    )  # fmt: skip
+    batch = batch_of([30], [6], [2])
+    predictions = predict(batch)
+    loss = criterion(predictions, batch)
+    loss.total.backward()
+    assert criterion.term_names == ("clip_align",)
+    assert loss.total.item() == 0.0
+
+
+@pytest.mark.parametrize("style", ["unified", "esam"])
+@pytest.mark.parametrize(
+    ("points", "superpoints", "objects"),
+    [([1], [1], [0]), ([1], [1], [1]), ([30, 1], [6, 1], [0, 1]), ([30, 20], [6, 4], [1, 0])],
+)
+@pytest.mark.parametrize("labelled", [True, False])
+def test_degenerate_batches_train(
+    batch_of: Callable[..., Batch],
+    predict: Callable[..., Predictions],
+    style: str,
+    points: list[int],
+    superpoints: list[int],
+    objects: list[int],
+    labelled: bool,
+) -> None:
+    batch = batch_of(points, superpoints, objects)
+    if not labelled:
+        batch = replace(batch, semantic=torch.full_like(batch.semantic, -1))
+    predictions = predict(batch)
+    parts = {"unified": (1.0, 0.8, 0.2), "esam": (0.5, 1.0, 1.0, 0.5, 0.5)}[style]
+    loss = _criterion(schedule="constant", instance={"style": style, "parts": parts})(predictions, batch)
+    loss.total.backward()
+    assert torch.isfinite(loss.total)
+    assert bool(loss.terms["semantic"] == 0) is not labelled
+    for leaf in _leaves(predictions):
+        assert leaf.grad is None or torch.isfinite(leaf.grad).all()
+
+
+def test_the_batch_is_left_alone_and_a_rerun_gives_the_same_bits(
+    batch_of: Callable[..., Batch], predict: Callable[..., Predictions]
+) -> None:
+    batch = batch_of([300, 200], [12, 9], [3, 2])
+    before = {name: value.clone() for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    predictions = predict(batch)
+    criterion = _criterion(schedule="constant", spatial_consistency={"max_points": 50}, no_view={"max_points": 20})
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        loss = criterion(predictions, batch)
+        leaves = [leaf for leaf in _leaves(predictions) if leaf.requires_grad]
+        grads = torch.autograd.grad(loss.total, leaves, allow_unused=True)
+        runs.append([loss.total, *loss.terms.values(), *(g for g in grads if g is not None)])
+    assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
+    assert all(torch.equal(getattr(batch, name), value) for name, value in before.items())
+
+
+def test_bad_settings_are_explained() -> None:
+    with pytest.raises(UserError, match="instance_classes is 18"):
+        _criterion(decoder=DECODER.model_copy(update={"instance_classes": 18}))
+    with pytest.raises(UserError, match="every term that this model can have has weight 0"):
+        _criterion(fused=False, semantic={"weight": 0}, instance={"weight": 0})

@@ -1,0 +1,72 @@
+"""Weight schedules at their boundaries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from bifusion_diag.config.settings import LossSettings
+from bifusion_diag.model.losses.schedule import group_weights
+
+
+def _groups(step: int, total: int, **settings: Any) -> dict[str, float]:
+    return group_weights(LossSettings.model_validate(settings), step, total)
+
+
+@pytest.mark.parametrize("total", [10, 200, 33_000])
+def test_staged_changes_at_30_and_70_percent(total: int) -> None:
+    low, high = 3 * total // 10, 7 * total // 10
+    table = {
+        (0, low - 1): (0.3, 0.4, 0.2, 0.1),
+        (low, high - 1): (0.4, 0.5, 0.08, 0.02),
+        (high, total - 1, total): (0.45, 0.5, 0.04, 0.01),
+    }
+    for steps, (semantic, instance, clip, aux) in table.items():
+        for step in steps:
+            groups = _groups(step, total, schedule="staged")
+            assert groups == pytest.approx(
+                {
+                    "semantic": semantic,
+                    "instance": instance,
+                    "clip_align": clip,
+                    "spatial_consistency": aux / 2,
+                    "no_view": aux / 2,
+                }
+            )
+
+
+def test_staged_auxiliary_terms_keep_their_proportion() -> None:
+    groups = _groups(0, 10, schedule="staged", spatial_consistency={"weight": 0.03}, no_view={"weight": 0.01})
+    assert groups["spatial_consistency"] == pytest.approx(0.075)
+    assert groups["no_view"] == pytest.approx(0.025)
+
+
+def test_progressive_clip_changes_at_epochs_11_and_21_of_128() -> None:
+    for steps_per_epoch in (1, 7):
+        total = 128 * steps_per_epoch
+        for epoch, clip in ((0, 0.0), (10, 0.0), (11, 0.001), (20, 0.001), (21, 0.01), (127, 0.01)):
+            for step in (epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch - 1):
+                groups = _groups(step, total, schedule="progressive_clip", semantic={"weight": 0.4})
+                assert groups["clip_align"] == clip
+                assert groups["semantic"] == 0.4
+
+
+def test_constant_keeps_every_terms_own_weight() -> None:
+    for step in (0, 5, 9):
+        assert _groups(step, 10, schedule="constant", semantic={"weight": 0.7}, instance={"weight": 0.9}) == {
+            "semantic": 0.7,
+            "instance": 0.9,
+            "clip_align": 0.1,
+            "spatial_consistency": 0.05,
+            "no_view": 0.05,
+        }
+
+
+@pytest.mark.parametrize("schedule", ["constant", "staged", "progressive_clip"])
+def test_a_term_whose_own_weight_is_zero_stays_off(schedule: str) -> None:
+    groups = _groups(9, 10, schedule=schedule, clip_align={"weight": 0.0}, no_view={"weight": 0.0})
+    assert groups["clip_align"] == 0.0
+    assert groups["no_view"] == 0.0
+    if schedule == "staged":
+        assert groups["spatial_consistency"] == pytest.approx(0.01)
