@@ -8,7 +8,7 @@
 ``superpoints``     VCCS over-segmentation
 ``pseudo_labels``   geometric labels for captures that have none
 ``scannet200``      the class names
-``crop``            cutting a scene to what a step can hold
+``crop``            :func:`crop_scene`: cutting a scene to what a step can hold
 ``augment``         :class:`Augmentation` of point coordinates
 ``geometry``        pinhole camera: world to camera to pixel and back
 ``batch``           :class:`Batch`, scenes concatenated as torch tensors
@@ -18,7 +18,7 @@
 
 from bifusion_diag.data.augment import Augmentation
 from bifusion_diag.data.batch import Batch, collate
-from bifusion_diag.data.crop import crop
+from bifusion_diag.data.crop import crop_scene
 from bifusion_diag.data.loader import BatchLoader
 from bifusion_diag.data.scannet200 import CLASS_NAMES, STUFF_CLASSES, class_id
 from bifusion_diag.data.scene import Scene
@@ -34,6 +34,6 @@ __all__ = [
     "SceneSource",
     "class_id",
     "collate",
-    "crop",
+    "crop_scene",
     "open_source",
 ]

@@ -31,8 +31,8 @@ class Augmentation:
         """Move the points.
 
         Flips of x and of y, rotation about z by −π..π, scale and shift act on all points, about the world's origin;
-        the elastic distortion leaves points further than ``ELASTIC_REACH`` from the median, and points that are not
-        finite, where they are.
+        the elastic distortion leaves points further than ``ELASTIC_REACH`` from the median where they are. A point that
+        is not finite stays not finite.
 
         Args:
             xyz: (N, 3) [m].

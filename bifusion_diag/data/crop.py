@@ -8,7 +8,7 @@ from bifusion_diag.config.settings import DataSettings
 from bifusion_diag.data.scene import Scene
 
 
-def crop(scene: Scene, settings: DataSettings, rng: np.random.Generator) -> Scene:
+def crop_scene(scene: Scene, settings: DataSettings, rng: np.random.Generator) -> Scene:
     """Keep a cube of ``crop_size`` m around a random point, and at most ``max_points`` of its points, at random.
 
     The cube is cut only from a scene whose bulk (the 1st to 99th percentile of an axis) is larger, so that a few points

@@ -7,7 +7,7 @@ import numpy as np
 from bifusion_diag.config.settings import DataSettings
 from bifusion_diag.data.augment import Augmentation
 from bifusion_diag.data.batch import Batch, collate
-from bifusion_diag.data.crop import crop
+from bifusion_diag.data.crop import crop_scene
 from bifusion_diag.data.source import SceneSource
 from bifusion_diag.errors import UserError
 
@@ -51,7 +51,7 @@ class BatchLoader:
         scenes, coords = [], []
         for slot, index in enumerate(self.scene_indices(step)):
             rng = np.random.default_rng([self.seed, _SAMPLE, step, slot])
-            scene = crop(self.source[index], self.settings, rng)
+            scene = crop_scene(self.source[index], self.settings, rng)
             scenes.append(scene)
             coords.append(self.augment(scene.points[:, :3], rng))
         return collate(scenes, coords)

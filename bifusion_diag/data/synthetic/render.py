@@ -63,23 +63,22 @@ def _light_reaching(
 ) -> Array:
     """Share of the lamp's light that reaches each pixel (H, W): 0 in a shadow, 1 outside, soft in between."""
     height, width = depth.shape
-    coarse = np.where(np.isfinite(depth), depth, 0)[step // 2 :: step, step // 2 :: step]
-    points = origin + directions[step // 2 :: step, step // 2 :: step] * coarse[..., None]
+    coarse = np.where(np.isfinite(depth), depth, 0)[::step, ::step]
+    points = origin + directions[::step, ::step] * coarse[..., None]
     # from the lamp towards the points: they lie at parameter 1, and anything clearly before casts a shadow
     rays = (points - light).astype(np.float32)
     first = np.full(coarse.shape, np.inf, np.float32)
     for solid in solids:
         first = np.minimum(first, entry(solid, light, rays))
     lit = (first > 0.97).astype(np.float32)
-    rows = np.clip((np.arange(height) - step // 2) / step, 0, lit.shape[0] - 1)
-    columns = np.clip((np.arange(width) - step // 2) / step, 0, lit.shape[1] - 1)
+    rows = np.minimum(np.arange(height) / step, lit.shape[0] - 1)
+    columns = np.minimum(np.arange(width) / step, lit.shape[1] - 1)
     return _bilinear(lit, rows, columns)
 
 
 def _bilinear(grid: Array, rows: Array, columns: Array) -> Array:
     """(len(rows), len(columns)) values of a grid at all combinations of fractional rows and columns."""
-    r = np.minimum(rows.astype(int), grid.shape[0] - 2) if grid.shape[0] > 1 else np.zeros(len(rows), int)
-    c = np.minimum(columns.astype(int), grid.shape[1] - 2) if grid.shape[1] > 1 else np.zeros(len(columns), int)
+    r, c = rows.astype(int), columns.astype(int)
     below, right = np.minimum(r + 1, grid.shape[0] - 1), np.minimum(c + 1, grid.shape[1] - 1)
     fr, fc = (rows - r)[:, None], columns - c
     top = grid[r][:, c] * (1 - fc) + grid[r][:, right] * fc
