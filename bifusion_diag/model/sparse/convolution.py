@@ -8,6 +8,7 @@ algorithm over the pairs seen from the input rows; one gather of the output grad
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,25 +49,26 @@ def _reduce(chunk: Chunk, products: Tensor, single: bool, out: Tensor) -> None:
 
 
 def _multiply(
-    chunk: Chunk, gathered: Tensor, own: Tensor, kernel: Tensor, centre: int | None, work: Workspace
+    chunk: Chunk, gathered: Tensor, own: Tensor, kernels: Sequence[Tensor], centre: int | None, work: Workspace
 ) -> Tensor:
     """Products of all pairs of a chunk.
 
     Args:
         gathered: (P, I) partner rows.
         own: (rows, I) the partners under the centre offset, used if there is one.
-        kernel: (K, I, O).
+        kernels: K times (I, O).
 
     Returns:
         (P, O) or, with a centre offset, (P + rows, O), in a workspace.
     """
     pairs = len(gathered)
     total = pairs if centre is None else pairs + len(own)
-    products = work.take("products", total, kernel.shape[2], kernel)
-    for index, first, last in chunk.segments:
-        torch.mm(gathered[first:last], kernel[index], out=products[first:last])
+    products = work.take("products", total, kernels[0].shape[1], gathered)
+    runs = zip(chunk.offsets, gathered.split(chunk.lengths), products[:pairs].split(chunk.lengths), strict=True)
+    for index, partners, product in runs:
+        torch.mm(partners, kernels[index], out=product)
     if centre is not None:
-        torch.mm(own, kernel[centre], out=products[pairs:])
+        torch.mm(own, kernels[centre], out=products[pairs:])
     return products
 
 
@@ -77,10 +79,11 @@ def _gather(feats: Tensor, index: Tensor, name: str, work: Workspace) -> Tensor:
 def convolve_pairs(feats: Tensor, kernel: Tensor, table: PairTable, work: Workspace) -> Tensor:
     """out[row] = sum over offsets k of feats[table[k, row]] @ kernel[k]; feats (N, I), kernel (K, I, O) -> (M, O)."""
     out = feats.new_empty(table.rows, kernel.shape[2])
+    kernels = kernel.unbind(0)
     for chunk in table.chunks:
         rows = slice(chunk.start, chunk.stop)
         gathered = _gather(feats, chunk.source, "gathered", work)
-        _reduce(chunk, _multiply(chunk, gathered, feats[rows], kernel, table.centre, work), table.single, out[rows])
+        _reduce(chunk, _multiply(chunk, gathered, feats[rows], kernels, table.centre, work), table.single, out[rows])
     return out
 
 
@@ -89,7 +92,8 @@ def _pairs_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     grad_feats = torch.empty_like(feats) if needs[0] else None
     grad_kernel = torch.zeros_like(kernel) if needs[1] else None
-    transposed = kernel.transpose(1, 2)
+    transposed = kernel.transpose(1, 2).unbind(0)
+    sums = () if grad_kernel is None else grad_kernel.unbind(0)
     for chunk in table.chunks:
         rows = slice(chunk.start, chunk.stop)
         gathered = _gather(grad_out, chunk.source, "gathered", work)
@@ -98,10 +102,11 @@ def _pairs_backward(
             _reduce(chunk, products, table.single, grad_feats[rows])
         if grad_kernel is not None:
             own = _gather(feats[rows], chunk.local, "own", work)
-            for index, first, last in chunk.segments:
-                grad_kernel[index].addmm_(own[first:last].t(), gathered[first:last])
+            runs = zip(chunk.offsets, own.t().split(chunk.lengths, 1), gathered.split(chunk.lengths), strict=True)
+            for index, inputs, grads in runs:
+                sums[index].addmm_(inputs, grads)
             if table.centre is not None:
-                grad_kernel[table.centre].addmm_(feats[rows].t(), grad_out[rows])
+                sums[table.centre].addmm_(feats[rows].t(), grad_out[rows])
     return grad_feats, grad_kernel
 
 

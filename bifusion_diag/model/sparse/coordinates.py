@@ -126,7 +126,7 @@ class Level:
 
 
 def check_range(cells: Tensor) -> None:
-    """Refuse cells (float64) that are not finite or beyond int32.
+    """Refuse cells (floating point) that are not finite or beyond int32.
 
     Raises:
         UserError: with the number of points concerned.

@@ -43,7 +43,8 @@ class Chunk:
     stop: int
     source: Tensor  # (P,) int32 input row of each pair
     local: Tensor  # (P,) int32 output row of each pair, counted from `start`
-    segments: list[tuple[int, int, int]]  # (kernel index, first pair, last pair + 1)
+    offsets: tuple[int, ...]  # kernel index of each run of pairs
+    lengths: tuple[int, ...]  # how many pairs of `source` each run has; they add up to P
     bag: Tensor  # (P or P + rows,) int32 pairs sorted by (row, offset)
     bag_start: Tensor  # (rows,) int32 where each row's pairs start in `bag`
 
@@ -53,12 +54,7 @@ def _chunk(table: Tensor, kernel_index: list[int], start: int, stop: int, has_ce
     hit = part >= 0
     listed = hit[:-1] if has_centre else hit
     rows = torch.arange(stop - start, dtype=torch.int32, device=table.device).expand_as(listed)
-    bounds = [0, *listed.sum(1).cumsum(0).tolist()]
-    segments = [
-        (index, first, last)
-        for index, first, last in zip(kernel_index, bounds, bounds[1:], strict=False)
-        if last > first
-    ]
+    runs = [(index, length) for index, length in zip(kernel_index, listed.sum(1).tolist(), strict=False) if length]
     position = (hit.view(-1).cumsum(0, dtype=torch.int32) - 1).view_as(hit)
     per_row = hit.sum(0, dtype=torch.int32)
     return Chunk(
@@ -66,7 +62,8 @@ def _chunk(table: Tensor, kernel_index: list[int], start: int, stop: int, has_ce
         stop,
         source=part[: len(listed)][listed],
         local=rows[listed],
-        segments=segments,
+        offsets=tuple(index for index, _ in runs),
+        lengths=tuple(length for _, length in runs),
         bag=position.t()[hit.t()],
         bag_start=per_row.cumsum(0, dtype=torch.int32) - per_row,
     )
@@ -132,8 +129,7 @@ class MirroredTable(PairTable):
     def chunks(self) -> list[Chunk]:
         last = self.table.shape[0] - 1
         return [
-            replace(chunk, segments=[(last - index, first, stop) for index, first, stop in chunk.segments])
-            for chunk in self._original.chunks
+            replace(chunk, offsets=tuple(last - index for index in chunk.offsets)) for chunk in self._original.chunks
         ]
 
 

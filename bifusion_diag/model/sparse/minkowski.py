@@ -69,11 +69,11 @@ class MinkowskiMaps:
         if in_stride * stride not in self._keys:
             self._keys[in_stride * stride] = self._manager.stride(source, [stride] * 3)
         target = self._keys[in_stride * stride]
-        function = self._me.MinkowskiConvolutionFunction()
+        function = self._me.MinkowskiConvolutionFunction
         return self._apply(function, feats, kernel, source, target, size, stride, dilation)
 
     def convolve_transposed(self, feats: Tensor, kernel: Tensor, in_stride: int, *, size: int, stride: int) -> Tensor:
-        function = self._me.MinkowskiConvolutionTransposeFunction()
+        function = self._me.MinkowskiConvolutionTransposeFunction
         source, target = self._keys[in_stride], self._keys[in_stride // stride]
         return self._apply(function, feats, kernel, source, target, size, stride, 1)
 

@@ -89,15 +89,16 @@ def voxelize(coords: Tensor, feats: Tensor, scene_index: Tensor, voxel_size: flo
         engine: who will convolve.
 
     Returns:
-        Voxels floor(coords / voxel_size) (towards minus infinity, computed in float64), rows sorted by (scene, x, y,
-        z); features are the mean over the voxel's points.
+        Voxels floor(coords / voxel_size) (towards minus infinity, in the precision of the points), rows sorted by
+        (scene, x, y, z); features are the mean over the voxel's points.
 
     Raises:
         UserError: no points, non-finite coordinates, or coordinates too far apart to be numbered.
     """
     if len(coords) == 0:
         raise UserError("There are no points to voxelise: every scene of the batch is empty.")
-    place = torch.floor(coords.detach().double() / voxel_size)
+    # Divided by a tensor: by a Python number, CUDA would multiply with the reciprocal and round differently.
+    place = torch.floor(coords.detach() / coords.new_tensor(voxel_size))
     check_range(place)
     cells = torch.cat([scene_index[:, None], place.long()], 1)
     packing = Packing(*bounding_box(cells))
