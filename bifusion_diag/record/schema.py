@@ -32,10 +32,10 @@ class RecordError(UserError):
 class ModuleInfo:
     """One module of the model."""
 
-    name: str  # dotted name as in named_modules(); "" is the model itself
+    name: str  # dotted name as in named_modules(); "(root)" is the model itself
     type: str  # class name
     order: int  # rank by execution in the first forward; modules never executed follow, in definition order
-    part: str  # the part of the model that it is counted under: the first one or two components of the name
+    part: str  # the part of the model that it is counted under: a key of RunHeader.parameters, or the first component
     parameters: int  # parameters that it owns itself, without its children's
     trainable: int  # those of them that require a gradient
 

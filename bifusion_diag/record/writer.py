@@ -51,7 +51,7 @@ class RunWriter:
         self._finished = False
         if resume:
             header = self._resumed(header)
-        self._header = header
+        self.header = header
         try:
             self._prepare(resume)
         except OSError as error:
@@ -177,7 +177,7 @@ class RunWriter:
 
     def set_modules(self, modules: Sequence[ModuleInfo]) -> None:
         """Record the modules' execution order, known only after the first forward."""
-        self._header = dataclasses.replace(self._header, modules=list(modules))
+        self.header = dataclasses.replace(self.header, modules=list(modules))
         self._save_state("running", None, {})
 
     def finish(self, status: str, error: str | None = None, measures: Mapping[str, Any] | None = None) -> None:
@@ -209,7 +209,7 @@ class RunWriter:
             "status": status,
             "error": error,
             "measures": codec.encode(measures),
-            "header": header_to(self._header),
+            "header": header_to(self.header),
         }
         write_atomically(self.folder / HEADER_FILE, codec.dumps(document))
 

@@ -1,0 +1,27 @@
+"""The instruments: the Monitor, the base of all probes, and one small file a probe. Knows PyTorch, knows no model."""
+
+from bifusion_diag.probes.base import ROOT, FieldProbe, Key, Probe, Reading, always
+from bifusion_diag.probes.catalogue import PROBES, make_probes
+from bifusion_diag.probes.clip import ClipProbe
+from bifusion_diag.probes.gate import GateProbe
+from bifusion_diag.probes.grads import GradsProbe
+from bifusion_diag.probes.losses import LossesProbe
+from bifusion_diag.probes.monitor import Monitor
+from bifusion_diag.probes.projection import ProjectionProbe
+
+__all__ = [
+    "PROBES",
+    "ROOT",
+    "ClipProbe",
+    "FieldProbe",
+    "GateProbe",
+    "GradsProbe",
+    "Key",
+    "LossesProbe",
+    "Monitor",
+    "Probe",
+    "ProjectionProbe",
+    "Reading",
+    "always",
+    "make_probes",
+]

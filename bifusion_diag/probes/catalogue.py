@@ -1,0 +1,46 @@
+"""Probes by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bifusion_diag.errors import UserError, near_matches
+from bifusion_diag.probes.base import Probe
+from bifusion_diag.probes.clip import ClipProbe
+from bifusion_diag.probes.gate import GateProbe
+from bifusion_diag.probes.grads import GradsProbe
+from bifusion_diag.probes.losses import LossesProbe
+from bifusion_diag.probes.projection import ProjectionProbe
+
+PROBES: dict[str, type[Probe]] = {
+    "grads": GradsProbe,
+    "losses": LossesProbe,
+    "clip": ClipProbe,
+    "projection": ProjectionProbe,
+    "gate": GateProbe,
+}
+
+
+def make_probes(probes: Sequence[str | Probe]) -> list[Probe]:
+    """Probes from names and instances; "all" is every one of the catalogue, a repeated name counts once.
+
+    Raises:
+        UserError: an unknown name, with the near matches; two probes that would record under the same prefix.
+    """
+    names: list[str] = []
+    given: list[Probe] = []
+    for probe in [probes] if isinstance(probes, str) else probes:
+        if isinstance(probe, Probe):
+            given.append(probe)
+        elif probe == "all":
+            names.extend(PROBES)
+        elif probe in PROBES:
+            names.append(probe)
+        else:
+            raise UserError(f"unknown probe {probe!r}.{near_matches(probe, [*PROBES, 'all'])}")
+    made = [PROBES[name]() for name in dict.fromkeys(names)] + given
+    prefixes = [probe.name for probe in made]
+    for prefix in prefixes:
+        if prefixes.count(prefix) > 1:
+            raise UserError(f"two probes would record under {prefix!r}; give one of them another name=...")
+    return made
