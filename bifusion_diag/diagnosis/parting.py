@@ -81,15 +81,12 @@ def _one_sided(
     if step is None:
         return None
     run: Literal["baseline", "candidate"] = "candidate" if step in candidate else "baseline"
-    what = "is non-finite" if kind == "non-finite" else "has a spike of the gradient norm"
-    return Parting(
-        step,
-        kind,
-        run,
-        f"the {run} {what} at step {step}, the other run is not"
-        if kind == "non-finite"
-        else f"the {run} {what} at step {step}, the other run has none",
-    )
+    other = "baseline" if run == "candidate" else "candidate"
+    what = {
+        "non-finite": f"the {run} is non-finite, the {other} is not",
+        "spike": f"the gradient norm of the {run} has a spike, that of the {other} has none",
+    }[kind]
+    return Parting(step, kind, run, what)
 
 
 def _holds(common: NDArray[np.int64], step: int) -> bool:
@@ -116,7 +113,7 @@ def _drift(baseline: Run, candidate: Run, common: NDArray[np.int64]) -> Parting 
     step = int(steps[first + DRIFT_WINDOW - 1])  # the window ends here
     run: Literal["baseline", "candidate"] = "candidate" if away[first] > 0 else "baseline"
     text = (
-        f"from step {step} on, the {run}'s gradient norm has grown more than {DRIFT_FACTOR:g} × against the other run's"
+        f"the gradient norm of the {run} has grown more than {DRIFT_FACTOR:g} × against the other run's since the start"
     )
     return Parting(step, "drift", run, text)
 

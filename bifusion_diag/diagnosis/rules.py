@@ -25,7 +25,7 @@ def nonfinite_loss(context: Context) -> list[Finding] | NotMeasured:
             remedy = {"losses.instance.empty_match": "zero"}
         finite_norm = sum(_is_finite(context, NORM, origin.step) for origin in steps)
         mechanism = (
-            f"At {finite_norm} of these steps every gradient is finite all the same: the term is averaged over nothing "
+            f"At {finite_norm} of {len(steps)} steps every gradient is finite all the same: the term is averaged over nothing "
             "or is cut off from the weights, and skipping the step would throw good gradients away."
             if finite_norm
             else "The gradient norm is non-finite at the same steps: the term reaches the weights."
@@ -312,5 +312,5 @@ def _extent(origins: Sequence[Origin]) -> tuple[tuple[int, int], int]:
 def _steps_evidence(origins: Sequence[Origin], series: str) -> tuple[Evidence, ...]:
     return (
         Evidence("steps", Quantity(len(origins), "steps"), series),
-        Evidence("first", Quantity(origins[0].step, "step"), series),
+        Evidence("first step", Quantity(origins[0].step, "step"), series),
     )

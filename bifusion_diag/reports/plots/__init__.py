@@ -1,0 +1,7 @@
+"""The plots of a report: each a small function from a run to an SVG."""
+
+from bifusion_diag.reports.plots.features import draw_alpha, draw_clip_ranges, draw_projection, draw_terms
+from bifusion_diag.reports.plots.heatmap import draw_heatmap
+from bifusion_diag.reports.plots.timeline import Trace, draw_timeline
+
+__all__ = ["Trace", "draw_alpha", "draw_clip_ranges", "draw_heatmap", "draw_projection", "draw_terms", "draw_timeline"]

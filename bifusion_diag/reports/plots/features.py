@@ -1,0 +1,231 @@
+"""Plots of the fusion's inside: CLIP ranges, projection counts, α over time. Each shows one run."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.axes import Axes
+from numpy.typing import NDArray
+
+from bifusion_diag.diagnosis.criteria import ALPHA_BAND
+from bifusion_diag.diagnosis.names import CLIP_PLACES
+from bifusion_diag.record.schema import Run, Series
+from bifusion_diag.reports.numbers import text
+from bifusion_diag.reports.palette import ACCENT, BASELINE, CATEGORY, NON_FINITE, RULE
+from bifusion_diag.reports.plots.timeline import Trace
+from bifusion_diag.reports.reduce import MAX_VERTICES, line, min_max, running_median
+from bifusion_diag.reports.svg import (
+    LEFT,
+    RIGHT,
+    Plot,
+    drawing,
+    end_labels,
+    halo,
+    log_axis,
+    render,
+    time_axis,
+    time_limits,
+    title,
+)
+
+PLACES = {"tokens": "CLIP tokens", "head": "after the projection head", "points": "sampled at the points"}
+STACK = (  # from the bottom: series, label, colour
+    ("valid", "valid", CATEGORY[1]),
+    ("occluded", "occluded", CATEGORY[4]),
+    ("outside", "outside the image", CATEGORY[3]),
+    ("behind", "behind the camera", CATEGORY[7]),
+    ("bad", "NaN or infinite", NON_FINITE),
+)
+BINS = 200
+
+
+def draw_clip_ranges(trace: Trace, name: str) -> Plot | None:
+    """Ranges of the 2D features over time and their norm against the 3D ones; None where nothing was recorded."""
+    run = trace.run
+    places = [place for place in CLIP_PLACES if run.series(f"clip/{place}/max") is not None]
+    ratio = run.series("clip/ratio_2d_3d")
+    rows = len(places) + (ratio is not None)
+    if not places:
+        return None
+    with drawing(1.25 * rows + 0.5) as figure:
+        grid = figure.add_gridspec(
+            rows, 1, left=LEFT, right=RIGHT, top=1 - 0.3 / (1.25 * rows + 0.5), bottom=0.1, hspace=0.5
+        )
+        panels = [figure.add_subplot(grid[row]) for row in range(rows)]
+        for axes, place in zip(panels, places, strict=False):
+            _draw_ribbon(axes, run, place)
+        if ratio is not None:
+            panels[-1].plot(*line(ratio), color=ACCENT, linewidth=0.6, alpha=0.5)
+            panels[-1].plot(*min_max(ratio.steps, running_median(ratio.value)), color=ACCENT, linewidth=1.4)
+            panels[-1].set_yscale("log")
+            log_axis(panels[-1].yaxis)
+            title(panels[-1], "2D : 3D norm ratio (log axis)")
+        for axes in panels:
+            time_limits(axes, int(run.steps[0]), int(run.steps[-1]))
+            axes.grid(axis="y", color=RULE, linewidth=0.5)
+            axes.tick_params(labelbottom=axes is panels[-1])
+        panels[-1].set_xlabel("step")
+        largest = {place: trace.measures.number(f"clip/{place}/absmax") for place in places}
+        alt = f"CLIP feature ranges of {trace.label}: " + ", ".join(
+            f"largest |x| {text(value)} ({PLACES[place]})" for place, value in largest.items()
+        )
+        return Plot(
+            name,
+            f"Range of the 2D features, {trace.label}",
+            "Light: minimum to maximum of each step. Dark: ± the 99.9th percentile of |x|.",
+            alt,
+            render(figure, name, alt),
+            time_axis(panels[-1]),
+        )
+
+
+def _draw_ribbon(axes: Axes, run: Run, place: str) -> None:
+    low, high = run.all_series[f"clip/{place}/min"], run.all_series[f"clip/{place}/max"]
+    _fill(axes, low, high, 0.25)
+    middle = run.series(f"clip/{place}/p99.9")
+    if middle is not None:
+        _fill(axes, middle, middle, 0.5)
+    axes.axhline(0, color=BASELINE, linewidth=0.6)
+    title(axes, f"{PLACES[place][0].upper()}{PLACES[place][1:]}")
+
+
+def _fill(axes: Axes, low: Series, high: Series, opacity: float) -> None:
+    """A band; of one and the same series, symmetric about zero."""
+    edges = _bins(low.steps)
+    tops = np.fmax.reduceat(high.max, edges)
+    bottoms = -tops if low is high else np.fmin.reduceat(low.min, edges)
+    axes.fill_between(low.steps[edges], bottoms, tops, color=ACCENT, alpha=opacity, linewidth=0)
+
+
+def _bins(steps: NDArray[np.int64], bins: int = MAX_VERTICES // 2) -> NDArray[np.int64]:
+    """First index of every bin of consecutive entries."""
+    count = min(bins, steps.size)
+    return np.arange(count) * steps.size // count
+
+
+def draw_projection(trace: Trace, name: str) -> Plot | None:
+    """What became of the projected points, stacked; None where nothing was recorded."""
+    run = trace.run
+    valid = run.series("projection/valid")
+    if valid is None or not len(valid.steps):
+        return None
+    edges = _bins(valid.steps, BINS)
+    counts = {key: _binned(run, key, edges, len(valid.steps)) for key in ("valid", "occluded", "outside", "behind")}
+    counts["bad"] = _binned(run, "nan", edges, len(valid.steps)) + _binned(run, "inf", edges, len(valid.steps))
+    table = np.stack([counts[key] for key, _, _ in STACK])
+    total = table.sum(axis=0)
+    share = np.divide(table, total, out=np.zeros_like(table), where=total > 0)
+    with drawing(2.5) as figure:
+        axes = figure.add_axes((LEFT, 0.18, RIGHT - LEFT, 0.72))
+        colours = [colour for _, _, colour in STACK]
+        left = np.append(valid.steps[edges], int(run.steps[-1]) + 1)
+        bottom = np.zeros(len(edges))
+        for row, colour in zip(share, colours, strict=True):
+            axes.stairs(bottom + row, left, baseline=bottom, fill=True, color=colour, alpha=0.8, linewidth=0)
+            bottom = bottom + row
+        time_limits(axes, int(run.steps[0]), int(run.steps[-1]) + 1)
+        axes.set_ylim(0, 1)
+        axes.set_ylabel("share")
+        axes.set_xlabel("step")
+        middles = np.cumsum(share[:, -1]) - share[:, -1] / 2
+        shown = [place for place in range(len(STACK)) if table[place].sum() > 0]
+        end_labels(axes, [(STACK[place][1], float(middles[place]), colours[place]) for place in shown])
+        mean = trace.measures.number("projection/valid_share")
+        bad = (trace.measures.number("projection/nan") or 0) + (trace.measures.number("projection/inf") or 0)
+        alt = f"Projection of {trace.label}: mean valid share {text(mean)}, {text(bad, whole=True)} non-finite values."
+        return Plot(
+            name,
+            f"What became of the projected points, {trace.label}",
+            f"Mean over time bins, {len(edges)} at most. {text(bad, whole=True)} projections are NaN or infinite.",
+            alt,
+            render(figure, name, alt),
+            time_axis(axes),
+        )
+
+
+def _binned(run: Run, key: str, edges: NDArray[np.int64], length: int) -> NDArray[np.float64]:
+    """Mean of a count in every bin; zero where it was not recorded."""
+    series = run.series(f"projection/{key}")
+    if series is None or len(series.steps) != length:
+        return np.zeros(len(edges))
+    values = np.nan_to_num(series.value, nan=0.0, posinf=0.0, neginf=0.0)
+    return np.add.reduceat(values, edges) / np.diff(np.append(edges, length))
+
+
+def draw_alpha(trace: Trace, name: str) -> Plot | None:
+    """The histogram of α over time, as ink; None where nothing was recorded."""
+    histogram = trace.run.histogram("gate/alpha")
+    if histogram is None or not len(histogram.steps):
+        return None
+    total = histogram.counts.sum(axis=1, keepdims=True)
+    density = np.divide(histogram.counts, total, out=np.zeros_like(histogram.counts), where=total > 0)
+    strength = (density / max(float(density.max()), 1e-12)) ** 0.7  # the power keeps thin tails visible
+    picture = np.zeros((*density.T.shape, 4))
+    picture[..., 3] = strength.T
+    first, last = int(trace.run.steps[0]), int(trace.run.steps[-1])
+    with drawing(2.7) as figure:
+        axes = figure.add_axes((LEFT, 0.17, RIGHT - LEFT, 0.73))
+        extent = (first, last + 1, 0, 1)
+        axes.imshow(picture, extent=extent, origin="lower", aspect="auto", interpolation="none")
+        axes.axhline(ALPHA_BAND[0], color=ACCENT, linewidth=1, linestyle=(0, (4, 3)))
+        axes.axhline(ALPHA_BAND[1], color=ACCENT, linewidth=1, linestyle=(0, (4, 3)))
+        labels = [("band of the", 0.53, ACCENT), (f"documents [{ALPHA_BAND[0]}, {ALPHA_BAND[1]}]", 0.45, ACCENT)]
+        mean = trace.run.series("gate/mean")
+        if mean is not None:
+            x, y = line(mean)
+            axes.plot(x, y, color=ACCENT, linewidth=1.5)
+            axes.text(
+                x[len(x) // 12], y[len(x) // 12] + 0.05, "mean α", color=ACCENT, bbox=halo(), fontsize=8.5, va="bottom"
+            )
+        time_limits(axes, first, last + 1)
+        axes.set_ylim(0, 1)
+        axes.set_ylabel("α")
+        axes.set_xlabel("step")
+        for words, height, colour in labels:
+            axes.text(1.008, height, words, color=colour, transform=axes.transAxes, va="center", fontsize=8.5)
+        number = trace.measures.number("gate/mean")
+        alt = f"Histogram of α over time, {trace.label}: mean {text(number)}."
+        return Plot(
+            name,
+            f"α over time, {trace.label}",
+            "α is the weight of the 2D feature. Darker: more points.",
+            alt,
+            render(figure, name, alt),
+            time_axis(axes),
+            ink=True,
+        )
+
+
+def draw_terms(trace: Trace, name: str) -> Plot | None:
+    """Weighted loss terms over time; None where the losses were not recorded by term."""
+    names = [key for key in trace.run.names("loss/") if key.endswith("/weighted")]
+    if not names:
+        return None
+    with drawing(2.9) as figure:
+        axes = figure.add_axes((LEFT, 0.16, RIGHT - LEFT, 0.75))
+        labels = []
+        for index, key in enumerate(names):
+            series, colour = trace.run.all_series[key], CATEGORY[index % len(CATEGORY)]
+            smooth = running_median(series.value)
+            axes.plot(*line(series), color=colour, linewidth=0.5, alpha=0.35)
+            axes.plot(*min_max(series.steps, smooth), color=colour, linewidth=1.4)
+            finite = smooth[np.isfinite(smooth)]
+            labels.append((key.split("/")[1], float(finite[-1]) if finite.size else float("nan"), colour))
+        if all((trace.run.all_series[key].stats.min or 0) > 0 for key in names):
+            axes.set_yscale("log")
+            log_axis(axes.yaxis)
+        time_limits(axes, int(trace.run.steps[0]), int(trace.run.steps[-1]))
+        axes.grid(axis="y", color=RULE, linewidth=0.5)
+        axes.set_xlabel("step")
+        axes.set_ylabel("weighted loss")
+        end_labels(axes, labels, gap=0.075)
+        shares = {key.split("/")[1]: trace.measures.number(f"loss_share/{key.split('/')[1]}") for key in names}
+        told = ", ".join(f"{term} {text(share)}" for term, share in shares.items() if share is not None)
+        alt = f"Weighted loss terms of {trace.label}; mean shares: {told}."
+        return Plot(
+            name,
+            f"Loss terms, {trace.label}",
+            f"Weighted terms; bold: running median over 21 steps. Mean shares of the loss: {told}.",
+            alt,
+            render(figure, name, alt),
+            time_axis(axes),
+        )
