@@ -194,7 +194,8 @@ class Monitor:
         parts = sorted(self._writer.header.parameters, key=len, reverse=True) if self._writer is not None else []
         table: list[ModuleInfo] = []
         modules = [(path or ROOT, module) for path, module in self.model.named_modules()]
-        modules.sort(key=lambda item: self._order.get(item[0], len(modules)))  # stable: the others keep their order
+        last = len(modules)
+        modules.sort(key=lambda item: self._order.get(item[0], last))  # stable: the others keep their order
         for rank, (name, module) in enumerate(modules):
             own = [p for p in module._parameters.values() if p is not None]
             part = next((p for p in parts if name == p or name.startswith(p + ".")), name.split(".")[0])

@@ -1,0 +1,198 @@
+"""Losses, CLIP ranges, projection and gate against numpy, one element after another where that is possible."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from probe_toys import Encoded, Gate, Give, Loss, View
+from torch import nn
+
+from bifusion_diag.probes import ClipProbe, GateProbe, Monitor, Probe
+from bifusion_diag.probes.clip import QUANTILE_ELEMENTS
+from bifusion_diag.probes.gate import bin_counts
+
+
+def row_of(probe: str | Probe, outputs: list[tuple[str, Any]]) -> dict[str, float | None]:
+    """One step in which the named modules return these outputs."""
+    model = nn.ModuleDict({name: Give() for name, _ in outputs})
+    with Monitor(model, [probe]) as monitor:
+        with monitor.step(0):
+            for name, output in outputs:
+                model[name](output)
+        monitor.end_step()
+        return monitor.latest()
+
+
+def loss(**terms: float) -> Loss:
+    raw = {name: torch.tensor(value, requires_grad=True) for name, value in terms.items()}
+    weights = {name: 0.1 * (i + 1) for i, name in enumerate(raw)}
+    return Loss(sum(weights[name] * raw[name] for name in raw), raw, weights)  # type: ignore[arg-type]
+
+
+def test_losses() -> None:
+    row = row_of("losses", [("criterion", loss(semantic=2.0, instance=float("nan"), clip=float("inf")))])
+    assert list(row) == [
+        "loss/total",
+        *(f"loss/{term}/raw" for term in ("semantic", "instance", "clip")),
+        *(f"loss/{term}/weighted" for term in ("semantic", "instance", "clip")),
+    ]
+    assert np.isnan(row["loss/total"])  # a value, not a missing one
+    assert row["loss/semantic/raw"] == 2.0
+    assert row["loss/semantic/weighted"] == pytest.approx(0.2)
+    assert np.isnan(row["loss/instance/weighted"])
+    assert row["loss/clip/raw"] == float("inf")
+
+
+def test_losses_of_several_calls_are_averaged() -> None:
+    model = Give()
+    with Monitor(model, ["losses"]) as monitor:
+        with monitor.step(0):
+            model(loss(a=1.0))
+            model(loss(a=4.0))
+        monitor.end_step()
+        assert monitor.latest() == pytest.approx({"loss/total": 0.25, "loss/a/raw": 2.5, "loss/a/weighted": 0.25})
+
+
+def ranges(x: np.ndarray, rows: np.ndarray | None = None) -> dict[str, float]:
+    """The twin: x (R, C)."""
+    counted = x if rows is None else x[rows]
+    good = counted[np.isfinite(counted)].astype(np.float64)
+    magnitudes = sorted(abs(good))
+    norms = [np.sqrt(sum(float(v) ** 2 for v in row if np.isfinite(v))) for row in counted]
+    return {
+        "min": min(good),
+        "max": max(good),
+        "absmax": magnitudes[-1],
+        "p99.9": magnitudes[len(good) - 1 - len(good) // 1000],
+        "share_gt_10": sum(m > 10 for m in magnitudes) / len(good),
+        "norm_mean": float(np.mean(norms)),
+        "nonfinite": float((~np.isfinite(x)).sum()),
+    }
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_clip(bad: bool) -> None:
+    rng = np.random.default_rng(0)
+    tokens = rng.normal(0, 6, (2, 8, 5, 25)).astype("f4")
+    head = rng.normal(0, 1, (2, 50, 7)).astype("f4")
+    f2d, f3d = rng.normal(0, 2, (300, 16)).astype("f4"), rng.normal(0, 1, (300, 16)).astype("f4")
+    valid = rng.random(300) < 0.4
+    f2d[~valid] = 1000.0  # what is out of view does not count
+    if bad:
+        tokens[0, 0, 0, 0], tokens[1, 3, 2, 2], head[0, 0, 0] = np.nan, -np.inf, np.inf
+        f2d[np.flatnonzero(valid)[0], 3] = np.nan
+        f2d[np.flatnonzero(~valid)[0], 3] = np.inf  # but is counted as non-finite
+    tower = {"tokens": torch.from_numpy(tokens), "pooled": torch.zeros(1)}
+    encoded = Encoded(*(torch.from_numpy(x) for x in (f2d, f3d, valid)))
+    row = row_of("clip", [("clip", tower), ("spatial_head", torch.from_numpy(head)), ("encoder", encoded)])
+    expected = {
+        "tokens": ranges(np.moveaxis(tokens, 1, -1).reshape(-1, 8)),
+        "head": ranges(head.reshape(-1, 7)),
+        "points": ranges(f2d, valid),
+    }
+    for where, numbers in expected.items():
+        for key, number in numbers.items():
+            assert row.pop(f"clip/{where}/{key}") == pytest.approx(number, rel=1e-5), (where, key)
+    ratio = expected["points"]["norm_mean"] / ranges(f3d, valid)["norm_mean"]
+    assert row == {"clip/ratio_2d_3d": pytest.approx(ratio, rel=1e-5)}
+
+
+def test_clip_without_a_valid_point_or_a_finite_value() -> None:
+    none = Encoded(torch.ones(5, 3), torch.ones(5, 3), torch.zeros(5, dtype=torch.bool))
+    row = row_of("clip", [("encoder", none)])
+    assert row.pop("clip/points/nonfinite") == 0
+    assert set(row.values()) == {None}
+    row = row_of("clip", [("tower", {"tokens": torch.full((2, 3), torch.nan)})])
+    assert row.pop("clip/tokens/nonfinite") == 6
+    assert set(row.values()) == {None}
+    assert row_of("clip", [("encoder", Encoded(None, torch.ones(5, 3), None))]) == {}  # a 3D-only encoder
+
+
+def test_clip_quantile_of_many_elements_is_of_a_sample() -> None:
+    x = torch.randn(3 * QUANTILE_ELEMENTS // 64, 64)
+    row = row_of(ClipProbe(), [("tower", {"tokens": x})])
+    sample = np.sort(np.abs(x[::3].numpy()), axis=None)
+    assert row["clip/tokens/p99.9"] == sample[sample.size - 1 - sample.size // 1000]
+    assert row["clip/tokens/absmax"] == x.abs().max().item()
+
+
+def test_projection() -> None:
+    nan, inf = float("nan"), float("inf")
+    # point–view pairs: (camera x, in front, inside, visible) and the class that each belongs to
+    pairs = [
+        (1.0, True, True, True, "visible"),
+        (nan, False, False, False, "nan"),
+        (inf, True, True, False, "inf"),
+        (-inf, False, False, False, "inf"),
+        (1.0, False, False, False, "behind"),
+        (1.0, True, False, False, "outside"),
+        (1.0, True, True, False, "occluded"),
+        (1.0, True, True, True, "visible"),
+    ]
+    xyz = torch.ones(4, 2, 3)
+    xyz[..., 0] = torch.tensor([pair[0] for pair in pairs]).view(4, 2)
+    xyz[0, 1, 1] = inf  # beside a NaN: still NaN
+    flags = [torch.tensor([pair[i] for pair in pairs]).view(4, 2) for i in (1, 2, 3)]
+    valid = flags[2].any(1)
+    row = row_of("projection", [("projection", View(xyz, *flags, valid))])
+    kinds = [pair[4] for pair in pairs]
+    expected = {kind: kinds.count(kind) for kind in ("nan", "inf", "behind", "outside", "occluded")}
+    expected |= {"points": 4, "valid": 2, "valid_share": 0.5}
+    assert row == {f"projection/{key}": value for key, value in expected.items()}
+
+
+def test_projection_of_no_point() -> None:
+    empty = torch.zeros(0, 1, dtype=torch.bool)
+    row = row_of("projection", [("projection", View(torch.zeros(0, 1, 3), empty, empty, empty, empty[:, 0]))])
+    assert row.pop("projection/valid_share") is None
+    assert set(row.values()) == {0.0}
+
+
+def test_gate() -> None:
+    alpha = np.concatenate([np.random.default_rng(0).random(500), [0, 1, 0.01, 0.99]]).astype("f4")
+    bad = np.concatenate([alpha, np.array([np.nan, np.inf, -np.inf], "f4")])
+    row = row_of("gate", [("gate", Gate(torch.zeros(1), torch.from_numpy(bad)[:, None]))])
+    wide = alpha.astype("f8")
+    expected = {
+        "mean": wide.mean(),
+        "std": wide.std(),
+        "share_lt_0.05": (wide < 0.05).mean(),
+        "share_gt_0.95": (wide > 0.95).mean(),
+        "nonfinite": 3,
+    }
+    assert row == pytest.approx({f"gate/{key}": value for key, value in expected.items()}, rel=1e-6)
+
+
+def test_gate_bins() -> None:
+    edges = np.arange(33, dtype="f4") / 32
+    inside = np.concatenate([np.random.default_rng(1).random(2000).astype("f4"), edges, np.nextafter(edges, 2)[:-1]])
+    outside = np.array([np.nan, np.inf, -np.inf, -0.1, 1.1, np.nextafter(np.float32(1), 2)], "f4")
+    counts = bin_counts(torch.from_numpy(np.concatenate([inside, outside])))
+    np.testing.assert_array_equal(counts.numpy(), np.histogram(inside, bins=edges)[0])
+    assert counts.sum() == len(inside)
+
+
+def test_the_first_module_with_the_fields_is_watched() -> None:
+    first, second = Gate(torch.zeros(1), torch.full((4, 1), 0.2)), Gate(torch.zeros(1), torch.full((4, 1), 0.8))
+    encoded = Encoded(None, torch.zeros(1), None, alpha=torch.full((4, 1), 0.5))
+    outputs = [("a", first), ("b", second), ("encoder", encoded)]
+    assert row_of("gate", outputs)["gate/mean"] == pytest.approx(0.2)
+    chosen = GateProbe(modules=["b"], name="second")
+    assert row_of(chosen, outputs)["second/mean"] == pytest.approx(0.8)
+
+
+def test_calls_of_a_step_are_put_together() -> None:
+    model = Give()
+    with Monitor(model, ["gate", "projection", ClipProbe()]) as monitor:
+        with monitor.step(0):
+            for value, rows in ((0.5, 4), (1.5, 8), (float("nan"), 2)):
+                model(Gate(torch.zeros(1), torch.full((rows, 1), value)))
+                model({"tokens": torch.full((rows, 2), value)})
+        monitor.end_step()
+        row = monitor.latest()
+    assert row["gate/mean"] == 1.0
+    assert row["gate/nonfinite"] == 2
+    assert (row["clip/tokens/min"], row["clip/tokens/max"], row["clip/tokens/nonfinite"]) == (0.5, 1.5, 4)
