@@ -25,8 +25,15 @@ class TensorBoardSink:
     """
 
     def __init__(self, folder: Path | str) -> None:
-        self._writer = EventFileWriter(str(folder))
-        self._closed = False
+        self.folder = Path(folder)
+        self._writer: EventFileWriter | None = None
+
+    def open(self, *, fresh: bool) -> None:
+        """Start a file of events. A fresh run first removes those of the run that lay there before."""
+        if fresh:
+            for old in self.folder.glob("events.out.tfevents.*"):
+                old.unlink()
+        self._writer = EventFileWriter(str(self.folder))
 
     def scalars(
         self, steps: Ints, names: Sequence[str], values: NDArray[np.float32], missing: NDArray[np.bool_]
@@ -59,11 +66,12 @@ class TensorBoardSink:
         self._add(int(steps[-1]), Summary(value=[Summary.Value(tag=name, histo=histogram)]))
 
     def _add(self, step: int, summary: Summary) -> None:
+        assert self._writer is not None, "the sink is not open"
         if summary.value:
             self._writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
 
     def close(self) -> None:
         """Flush and close. Closing twice is fine."""
-        if not self._closed:
-            self._closed = True
+        if self._writer is not None:
             self._writer.close()
+            self._writer = None

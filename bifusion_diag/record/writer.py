@@ -81,6 +81,8 @@ class RunWriter:
         self._save_state("running", None, {})
         self._events = (self.folder / EVENTS_FILE).open("a", encoding="utf-8")
         self._events.write("\n" if self._events.tell() else "")  # ends a line that a killed run may have cut off
+        if self._tensorboard is not None:
+            self._tensorboard.open(fresh=not resume)
 
     def __enter__(self) -> RunWriter:
         return self

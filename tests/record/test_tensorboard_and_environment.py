@@ -12,13 +12,19 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from bifusion_diag.record import RunHeader, RunWriter, TensorBoardSink, collect_environment
 
+EDGES = np.linspace(0, 1, 5)
+
+
+def record(folder: Path, sink: TensorBoardSink) -> None:
+    with RunWriter(folder / "run.json", RunHeader("id", "n", "now"), tensorboard=sink) as writer:
+        writer.append([0, 1, 2], {"loss/total": [1, np.nan, 3], "grads/a/state": [1, 2, 3]}, {"loss/total": [0, 0, 1]})
+        writer.append_histogram("gate/alpha", [1, 2], [[9, 9, 9, 9], [0, 2, 3, 0]], EDGES)
+
 
 def test_events_hold_the_same_numbers(tmp_path: Path) -> None:
     sink = TensorBoardSink(tmp_path / "tb")
-    edges = np.linspace(0, 1, 5)
-    with RunWriter(tmp_path / "run.json", RunHeader("id", "n", "now"), tensorboard=sink) as writer:
-        writer.append([0, 1, 2], {"loss/total": [1, np.nan, 3], "grads/a/state": [1, 2, 3]}, {"loss/total": [0, 0, 1]})
-        writer.append_histogram("gate/alpha", [1, 2], [[9, 9, 9, 9], [0, 2, 3, 0]], edges)
+    for _ in range(2):  # the second run replaces the first
+        record(tmp_path, sink)
     sink.close()
     events = EventAccumulator(str(tmp_path / "tb"), size_guidance={"scalars": 0, "histograms": 0})
     events.Reload()
@@ -30,7 +36,7 @@ def test_events_hold_the_same_numbers(tmp_path: Path) -> None:
     assert histogram.step == 2
     value = histogram.histogram_value
     assert (value.num, value.min, value.max) == (5, 0.25, 0.75)
-    np.testing.assert_allclose(value.bucket_limit, edges[1:])
+    np.testing.assert_allclose(value.bucket_limit, EDGES[1:])
     np.testing.assert_allclose(value.bucket, [0, 2, 3, 0])
     assert value.sum == pytest.approx(2 * 0.375 + 3 * 0.625)
 
@@ -53,3 +59,13 @@ def test_environment(tmp_path: Path) -> None:
     assert collect_environment(tmp_path)["git"] == {"commit": git(tmp_path, "rev-parse", "HEAD"), "modified": False}
     (tmp_path / "a").write_text("2")
     assert collect_environment(tmp_path)["git"]["modified"] is True
+
+
+def test_tensorboard_files_of_a_resumed_run_are_kept(tmp_path: Path) -> None:
+    sink = TensorBoardSink(tmp_path / "tb")
+    record(tmp_path, sink)
+    with RunWriter(tmp_path / "run.json", RunHeader("id", "n", "now"), resume=True, tensorboard=sink) as writer:
+        writer.append([3], {"loss/total": [4.0]})
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss/total")] == [0, 1, 3]
