@@ -371,3 +371,17 @@ def test_full_resolution_is_at_hand(tmp_path: Path) -> None:
 def test_the_room_does_not_import_torch() -> None:
     code = "import sys, bifusion_diag.record; sys.exit('torch' in sys.modules or 'tensorflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+def test_a_record_that_cannot_be_finished_does_not_hide_the_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    writer = RunWriter(tmp_path / "run.json", header())
+    monkeypatch.setattr("bifusion_diag.record.writer.write_atomically", full)
+    expected = pytest.warns(RuntimeWarning, match=r"could not be finished.*No space")
+    with expected, pytest.raises(ZeroDivisionError), writer:
+        raise ZeroDivisionError
+    assert load_run(tmp_path / "run.record").status == "running"
