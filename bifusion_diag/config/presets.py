@@ -7,7 +7,7 @@ config file, ``--set``.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -49,6 +49,7 @@ def load_settings(
     scale: Scale | None = None,
     config: Path | None = None,
     overrides: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
 ) -> Settings:
     """Build the settings of a run.
 
@@ -58,13 +59,13 @@ def load_settings(
             the config file too (``scale: ...``).
         config: a YAML file with the same nesting as :class:`Settings`.
         overrides: ``key=value`` pairs with dotted keys; values are YAML.
+        values: by dotted key, as ``overrides`` but already parsed; they win over everything else.
 
     Raises:
         ConfigError: unknown preset or key (near matches are listed), a value out of range, an unreadable file.
     """
     from_file = _read_config(config) if config is not None else {}
-    from_pairs = _parse_overrides(overrides)
-    explicit = _merge(from_file, from_pairs)
+    explicit = _merge(from_file, _parse_overrides(overrides), _nested((values or {}).items()))
     name = preset if preset is not None else str(explicit.get("preset", "bifusion"))
     chosen = scale if scale is not None else explicit.get("scale", "full")
     if chosen not in get_args(Scale):
@@ -72,7 +73,7 @@ def load_settings(
     base = _validated(_preset_layers(name), f"preset '{name}'").model_dump()
     if chosen == "small":
         base = _narrowed(base)
-    where = " and ".join(part for part in (str(config) if config else "", "--set" if overrides else "") if part)
+    where = " and ".join(filter(None, (str(config) if config else "", "options" if overrides or values else "")))
     _check_keys(explicit, where or "settings")
     return _validated(_merge(base, explicit, {"preset": name, "scale": chosen}), where or f"preset '{name}'")
 
@@ -115,18 +116,26 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
+    parsed = []
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"--set takes key=value, for example optim.lr=1e-4; got {pair!r}")
+        parsed.append((key.strip(), _parse_value(text)))
+    return _nested(parsed)
+
+
+def _nested(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Nest values given by dotted key; a later one wins."""
+    result: dict[str, Any] = {}
+    for key, value in pairs:
         node = result
-        *parents, leaf = key.strip().split(".")
+        *parents, leaf = key.split(".")
         for parent in parents:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
-                raise ConfigError(f"--set {pair}: '{parent}' was given a value before")
-        node[leaf] = _parse_value(text)
+                raise ConfigError(f"--set {key}: '{parent}' was given a value before")
+        node[leaf] = value
     return result
 
 

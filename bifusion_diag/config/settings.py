@@ -190,7 +190,7 @@ class TrainingSettings(Strict):
     """The loop."""
 
     steps: Positive = 200
-    batch_size: Positive = 2
+    batch_size: Positive = Field(4, description="scenes a step; the documents use 8, which needs about 8 GiB")
     seed: int = Field(0, ge=0)
     device: str = Field("auto", description="'auto', 'cpu', 'cuda', 'cuda:1', ...")
     stages: bool = Field(True, description="freeze and unfreeze parts as document 003 says (S0, S1, S2)")

@@ -27,3 +27,7 @@ class Encoder3D(nn.Module):
         """Encode the augmented points of every scene."""
         features = self.backbone(batch.coords, batch.color, batch.scene_index)
         return EncoderOutput(fused=features, f3d=features)
+
+    def provenance(self) -> dict[str, str]:
+        """What convolves, for the run record."""
+        return {"sparse_engine": f"{self.backbone.engine.name} {self.backbone.engine.version}"}

@@ -88,6 +88,11 @@ class BiFusionEncoder(nn.Module):
             global2d=self.normalize_global(global2d),
         )
 
+    def provenance(self) -> dict[str, str]:
+        """Which CLIP weights, and what convolves, for the run record."""
+        engine = self.backbone.engine
+        return {"clip_weights": self.clip.provenance, "sparse_engine": f"{engine.name} {engine.version}"}
+
     def _point_features(self, tokens: Tensor, projection: Projection, batch: Batch) -> Tensor:
         """CLIP tokens (B·V, D, h, w) → 2D features at the points (N, C)."""
         images, _, height, width = tokens.shape

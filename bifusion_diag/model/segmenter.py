@@ -72,6 +72,10 @@ class Segmenter(nn.Module):
         )
         return SegmenterOutput(predictions=predictions, loss=self.criterion(predictions, batch))
 
+    def provenance(self) -> dict[str, str]:
+        """Where the model's weights and its convolutions come from, for the run record."""
+        return self.encoder.provenance()
+
     def part_sizes(self) -> dict[str, PartSize]:
         """Parameters of each part, in the order of execution; the encoder's parts one by one, then ``total``.
 

@@ -1,0 +1,44 @@
+"""The ``bifusion-diag`` command.
+
+Exit codes: 0 fine · 1 the run failed · 2 bad input · 130 interrupted (the record of what ran is valid).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+from rich.console import Console
+
+from bifusion_diag.cli.compare import compare
+from bifusion_diag.cli.presets import presets
+from bifusion_diag.cli.report import report
+from bifusion_diag.cli.train import train
+from bifusion_diag.errors import UserError
+
+app = typer.Typer(
+    name="bifusion-diag",
+    help="Find out why a training run is unstable: train with probes on, compare runs, read an HTML stability report.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("train")(train)
+app.command("compare")(compare)
+app.command("report")(report)
+app.command("presets")(presets)
+
+
+def main() -> None:
+    """Run the command line; bad input ends with a message and exit code 2, never with a traceback."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads starve a shared machine
+    try:
+        app()
+    except UserError as error:
+        Console(stderr=True).print(f"[bold red]Error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")

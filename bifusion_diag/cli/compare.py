@@ -1,0 +1,30 @@
+"""``bifusion-diag compare``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+def compare(
+    baseline: Annotated[Path, typer.Argument(help="Record of the run to compare with, often the 3D baseline.")],
+    candidates: Annotated[list[Path], typer.Argument(help="Records of one or more runs to judge against it.")],
+    html: Annotated[Path | None, typer.Option(help="Write the HTML stability report here.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write everything that the report shows as JSON.")] = None,
+) -> None:
+    """Compare the stability of runs: measures, criteria, where they part, what differed."""
+    from bifusion_diag.diagnosis import compare_runs
+    from bifusion_diag.record import load_run
+    from bifusion_diag.reports import print_comparison, write_comparison
+
+    reference = load_run(baseline)
+    runs = [load_run(path) for path in candidates]
+    comparisons = [compare_runs(reference, run) for run in runs]
+    console = Console()
+    for comparison in comparisons:
+        print_comparison(console, comparison)
+    for path in write_comparison(comparisons, reference, runs, html=html, json=json):
+        console.print(f"report: {path}", soft_wrap=True, highlight=False)

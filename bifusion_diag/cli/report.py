@@ -1,0 +1,27 @@
+"""``bifusion-diag report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="A run.json, or the .record folder of a run that was killed.")],
+    html: Annotated[Path | None, typer.Option(help="Write the HTML report here. Default: beside the record.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write everything that the report shows as JSON.")] = None,
+) -> None:
+    """Report the stability of one run."""
+    from bifusion_diag.diagnosis import assess_run
+    from bifusion_diag.record import load_run
+    from bifusion_diag.reports import print_run, write_run
+
+    record = load_run(run)
+    assessment = assess_run(record)
+    console = Console()
+    print_run(console, assessment)
+    for path in write_run(assessment, record, html=html or run.with_suffix(".html"), json=json):
+        console.print(f"report: {path}", soft_wrap=True, highlight=False)

@@ -1,0 +1,88 @@
+"""``bifusion-diag train``."""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from bifusion_diag.errors import UserError
+
+
+class Scale(str, Enum):
+    """Sizes of the model."""
+
+    full = "full"
+    small = "small"
+
+
+class Engine(str, Enum):
+    """Sparse convolution engines."""
+
+    auto = "auto"
+    native = "native"
+    minkowski = "minkowski"
+
+
+def train(
+    out: Annotated[Path, typer.Option(help="The run record to write, for example runs/mine.json.")],
+    model: Annotated[
+        str | None, typer.Option(help="Preset; `bifusion-diag presets` lists them. Default: bifusion.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="'synthetic', or a folder of RGB-D frames.")] = None,
+    probe: Annotated[
+        list[str] | None, typer.Option(help="grads, losses, clip, projection, gate or all. May be repeated.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Scenes a step.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights, data and queries.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = None,
+    scale: Annotated[Scale | None, typer.Option(help="small: the same architecture, every width a quarter.")] = None,
+    sparse_engine: Annotated[Engine | None, typer.Option(help="auto is native.")] = None,
+    clip_weights: Annotated[
+        str | None, typer.Option(help="random, a local file, or an open_clip pretrained tag.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file with settings.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value, for example optim.lr=1e-4. May be repeated.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run at --out.")] = False,
+) -> None:
+    """Train a preset with probes on and write a run record.
+
+    Ctrl-C or SIGTERM ends the run after the step under way, with a valid record and a checkpoint to resume from.
+    """
+    shorthands: dict[str, Any] = {
+        "data.source": data,
+        "training.steps": steps,
+        "training.batch_size": batch_size,
+        "training.seed": seed,
+        "training.device": device,
+        "model.sparse_engine": sparse_engine.value if sparse_engine else None,
+        "model.clip.weights": clip_weights,
+    }
+    given = {key: value for key, value in shorthands.items() if value is not None}
+    console = Console(stderr=True)
+    if resume:
+        changed = [model, scale, config, probe, set_, *given.values()]
+        if any(item is not None for item in changed):
+            raise UserError("--resume goes on with the run's own settings: give nothing else but --out")
+        from bifusion_diag.training import resume_training
+
+        run = resume_training(out, console=console)
+    else:
+        from bifusion_diag.config import load_settings
+        from bifusion_diag.training import start_training
+
+        settings = load_settings(
+            model, scale=scale.value if scale else None, config=config, overrides=set_ or (), values=given
+        )
+        run = start_training(settings, out, probes=probe or [], command=sys.argv[1:], console=console)
+    typer.echo(f"{run.status}: {len(run.steps)} steps recorded in {out}")
+    if run.status == "interrupted":
+        typer.echo(f"go on with: bifusion-diag train --resume --out {out}")
+        raise typer.Exit(130)

@@ -1,0 +1,63 @@
+"""Same seed, same machine: bit-identical runs."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch.utils import deterministic
+
+from bifusion_diag.errors import UserError
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; 'auto' is the first GPU, or else the CPU.
+
+    Raises:
+        UserError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name}: not available here ({reason}). Use 'auto', 'cpu' or 'cuda'.") from error
+    return device
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch and make it choose deterministic kernels, or fail where it has none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with its own workspace
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True)
+    deterministic.fill_uninitialized_memory = False  # a cost without a gain: nothing reads such memory
+    torch.backends.cudnn.benchmark = False
+
+
+def torch_environment(device: torch.device) -> dict[str, Any]:
+    """What decides, beside the seed, whether two runs can be bit-identical."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+    }
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    """The state of every random generator that a step draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state |= {f"cuda:{i}": generator for i, generator in enumerate(torch.cuda.get_rng_state_all())}
+    return state
+
+
+def restore_random_state(state: dict[str, torch.Tensor]) -> None:
+    """Put back what :func:`random_state` returned; GPUs that are not here are skipped."""
+    torch.set_rng_state(state["cpu"])
+    for name, generator in state.items():
+        if name.startswith("cuda:") and int(name[5:]) < torch.cuda.device_count():
+            torch.cuda.set_rng_state(generator, name)

@@ -1,0 +1,215 @@
+"""The training loop, and what it records."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import time
+import uuid
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from bifusion_diag.config import Settings, settings_from_dict
+from bifusion_diag.data import Batch, BatchLoader, open_source
+from bifusion_diag.diagnosis import SpikeDetector, measure_record, measures_to_dict
+from bifusion_diag.errors import UserError
+from bifusion_diag.model.build import build_model
+from bifusion_diag.model.outputs import LossOutput
+from bifusion_diag.probes import Monitor, make_probes
+from bifusion_diag.record import RecordReader, Run, RunHeader, RunWriter, TensorBoardSink, collect_environment, load_run
+from bifusion_diag.training.checkpoint import (
+    Checkpoint,
+    checkpoint_folder,
+    latest_checkpoint,
+    restore_checkpoint,
+    save_checkpoint,
+)
+from bifusion_diag.training.determinism import choose_device, seed_everything, torch_environment
+from bifusion_diag.training.optim import build_optimizer, clip_gradient, learning_rate
+from bifusion_diag.training.progress import ProgressDisplay
+from bifusion_diag.training.signals import stop_on_signals
+from bifusion_diag.training.stages import StageSwitch, stages_of
+
+ALWAYS = ("losses",)  # no run without its losses
+UNITS = {"train/step_seconds": "s", "train/data_seconds": "s"}
+
+
+def start_training(
+    settings: Settings, out: Path, *, probes: Sequence[str] = (), command: Sequence[str] = (), console: Console
+) -> Run:
+    """Train a new run and record it.
+
+    Args:
+        settings: of the run.
+        out: the run.json to write; the record, TensorBoard events and checkpoints lie beside it.
+        probes: names of probes; ``losses`` is always on.
+        command: the command line, for the record.
+        console: where progress is shown.
+
+    Returns:
+        The record, status "completed" or "interrupted".
+
+    Raises:
+        UserError: bad input, before anything is trained or written.
+    """
+    return Trainer(settings, out, probes, command, console).run()
+
+
+def resume_training(out: Path, *, console: Console) -> Run:
+    """Go on with the interrupted run recorded at ``out``, from its latest checkpoint.
+
+    Raises:
+        UserError: there is no checkpoint, or it does not fit.
+    """
+    checkpoint = latest_checkpoint(checkpoint_folder(out))
+    info = checkpoint.info
+    settings = settings_from_dict(info["settings"], str(checkpoint.folder))
+    if checkpoint.step >= settings.training.steps:
+        done = f"all {settings.training.steps} steps of {out} are done"
+        raise UserError(f"nothing to resume: {done}. Start a longer run with --steps.")
+    return Trainer(settings, out, info["probes"], info["command"], console, checkpoint).run()
+
+
+class Trainer:
+    """One run from its settings to its record.
+
+    A step, in order::
+
+        the batch of this step is loaded           a pure function of seed and step
+        the stage freezes what must not learn      event "stage" when it changes
+        with monitor.step(step):
+            forward, loss, backward                the probes measure
+        the gradient is clipped                    its norm before clipping is kept
+        the numbers are judged                     events "non-finite" and "spike"
+        the optimiser steps
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        out: Path,
+        probes: Sequence[str],
+        command: Sequence[str],
+        console: Console,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        training = settings.training
+        probes = list(dict.fromkeys([*ALWAYS, *probes]))
+        instruments = make_probes(probes)
+        self.settings = settings
+        self.out = out
+        self.console = console
+        self.device = choose_device(training.device)
+        seed_everything(training.seed)
+        source = open_source(settings.data, seed=training.seed)
+        self.loader = BatchLoader(source, settings.data, batch_size=training.batch_size, seed=training.seed)
+        self.model = build_model(settings).to(self.device).train()
+        self.optimizer = build_optimizer(self.model, settings.optim)
+        self.stages = StageSwitch(self.model, stages_of(settings), training.steps)
+        self.spikes = SpikeDetector()
+        self.first_step = 0
+        if checkpoint is not None:
+            restore_checkpoint(checkpoint, self.model, self.optimizer)
+            self.first_step = checkpoint.step
+        header = RunHeader(
+            run_id=uuid.uuid4().hex,
+            name=out.stem,
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            command=shlex.join(["bifusion-diag", *command]),
+            preset=settings.preset,
+            settings=settings.model_dump(mode="json"),
+            environment=collect_environment() | torch_environment(self.device),
+            provenance={
+                **self.model.provenance(),
+                "labels": source.describe()["labels"],
+                "data": source.describe(),
+                "scenes_per_epoch": self.loader.scenes_per_epoch,
+            },
+            parameters={name: size._asdict() for name, size in self.model.part_sizes().items()},
+            probes=probes,
+            steps_planned=training.steps,
+            units=UNITS,
+        )
+        self.info = {"settings": header.settings, "probes": probes, "command": list(command)}
+        tensorboard = TensorBoardSink(out.with_name(f"{out.stem}.tensorboard"))
+        self.writer = RunWriter(out, header, resume=checkpoint is not None, tensorboard=tensorboard)
+        self.monitor = Monitor(self.model, instruments, self.writer)
+
+    def run(self) -> Run:
+        """Train until the last step or a signal, and close the record either way."""
+        training = self.settings.training
+        done = self.first_step
+        with self.writer, stop_on_signals() as stop:
+            title = f"{self.settings.preset} ({self.settings.scale})"
+            with ProgressDisplay(self.console, title, training.steps, done) as display, self.monitor:
+                while done < training.steps and not stop.requested:
+                    self._step(done, display)
+                    done += 1
+                    if training.checkpoint_every and done % training.checkpoint_every == 0 and done < training.steps:
+                        self._save(done)
+            if stop.requested:
+                self.writer.event(done, "signal", f"{stop.signal_name} after {done} of {training.steps} steps")
+            self._save(done)
+            measures = measures_to_dict(measure_record(RecordReader(self.writer.folder)))
+            self.writer.finish("interrupted" if done < training.steps else "completed", measures=measures)
+        return load_run(self.out)
+
+    def _step(self, step: int, display: ProgressDisplay) -> None:
+        began = time.perf_counter()
+        batch = self.loader.batch(step).to(self.device)
+        loaded = time.perf_counter()
+        stage = self.stages.enter(step)
+        if stage is not None:
+            self.writer.event(step, "stage", f"stage {stage.name}: {stage.description}", name=stage.name)
+            display.note(f"step {step}: stage {stage.name} ({stage.description})")
+        self.model.set_progress(step, self.settings.training.steps)
+        rate = learning_rate(self.settings.optim, step, self.settings.training.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        with self.monitor.step(step):
+            loss = self.model(batch).loss
+            loss.total.backward()
+        clipped = clip_gradient(self.model.parameters(), self.settings.optim.clip_grad)
+        # The one wait for the device in a step.
+        total, norm = torch.stack([loss.total.detach(), clipped.norm]).tolist()
+        self._judge(step, batch, loss, total, norm, display)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        logs: dict[str, float | Tensor] = {
+            "train/grad_norm": clipped.norm,
+            "train/clip_coefficient": clipped.coefficient,
+            "train/lr": rate,
+            "train/data_seconds": loaded - began,
+            "train/step_seconds": time.perf_counter() - began,
+        }
+        for name, value in logs.items():
+            self.monitor.log(name, value)
+        self.monitor.end_step()
+        display.step(step + 1, total, norm)
+
+    def _judge(
+        self, step: int, batch: Batch, loss: LossOutput, total: float, norm: float, display: ProgressDisplay
+    ) -> None:
+        """Record a step that is bad: whose loss or gradient is not finite, or whose gradient norm is a spike."""
+        spike = self.spikes.update(norm)
+        facts = {"loss": total, "grad_norm": norm, "scenes": batch.names, "scene_notes": batch.notes}
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            bad = [name for name, value in loss.terms.items() if not math.isfinite(value.item())]
+            what = ", ".join(f"loss term {name}" for name in bad) or ("loss" if math.isnan(total) else "gradient")
+            message = f"non-finite {what}; pre-clip grad norm {norm:.4g}"
+            self.writer.event(step, "non-finite", message, terms=bad, **facts)
+        elif spike:
+            message = f"spike of the pre-clip grad norm: {norm:.4g}"
+            self.writer.event(step, "spike", message, **facts)
+        else:
+            return
+        display.incident(f"step {step}: {message}; scenes {', '.join(batch.names)}")
+
+    def _save(self, done: int) -> None:
+        self.monitor.flush()
+        save_checkpoint(checkpoint_folder(self.out), done, self.model, self.optimizer, self.info)
