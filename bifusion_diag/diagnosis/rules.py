@@ -25,8 +25,8 @@ def nonfinite_loss(context: Context) -> list[Finding] | NotMeasured:
             remedy = {"losses.instance.empty_match": "zero"}
         finite_norm = sum(_is_finite(context, NORM, origin.step) for origin in steps)
         mechanism = (
-            f"At {finite_norm} of {len(steps)} steps every gradient is finite all the same: the term is averaged over nothing "
-            "or is cut off from the weights, and skipping the step would throw good gradients away."
+            f"At {finite_norm} of {len(steps)} steps every gradient is finite all the same: the term is averaged over "
+            "nothing or is cut off from the weights, and skipping the step would throw good gradients away."
             if finite_norm
             else "The gradient norm is non-finite at the same steps: the term reaches the weights."
         )

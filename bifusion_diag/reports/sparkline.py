@@ -23,7 +23,7 @@ class Spark:
 
 
 def draw_spark(run: Run, finding: Finding) -> Spark | None:
-    """The first evidence's series over the whole run, on a log axis where it is a norm; None where there is no series."""
+    """The first evidence's series over the whole run, on a log axis where it is a norm; None where there is none."""
     name = finding.evidence[0].series
     series = run.series(name)
     if series is None or len(series.steps) < 2:

@@ -56,9 +56,11 @@ def draw_clip_ranges(trace: Trace, name: str) -> Plot | None:
         if ratio is not None:
             panels[-1].plot(*line(ratio), color=ACCENT, linewidth=0.6, alpha=0.5)
             panels[-1].plot(*min_max(ratio.steps, running_median(ratio.value)), color=ACCENT, linewidth=1.4)
-            panels[-1].set_yscale("log")
-            log_axis(panels[-1].yaxis)
-            title(panels[-1], "2D : 3D norm ratio (log axis)")
+            wide = 0 < (ratio.stats.min or 0) * 5 < (ratio.stats.max or 0)
+            if wide:
+                panels[-1].set_yscale("log")
+                log_axis(panels[-1].yaxis)
+            title(panels[-1], "2D : 3D norm ratio" + (" (log axis)" if wide else ""))
         for axes in panels:
             time_limits(axes, int(run.steps[0]), int(run.steps[-1]))
             axes.grid(axis="y", color=RULE, linewidth=0.5)

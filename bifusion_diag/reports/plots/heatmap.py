@@ -163,6 +163,8 @@ def _draw_panel(axes: Axes, grid: Grid, scale: LogNorm, first: int, last: int) -
     for code, (hatch, colour) in looks.items():
         path = _cells(grid.state == code, first, width)
         if path is not None:
+            if code == NONFINITE:  # a single column is too narrow for a hatch alone
+                axes.add_patch(PathPatch(path, facecolor=colour, alpha=0.4, linewidth=0))
             axes.add_patch(PathPatch(path, facecolor="none", edgecolor=colour, hatch=hatch, linewidth=0))
     edges = [row for row in range(1, rows) if grid.parts[row] != grid.parts[row - 1]]
     axes.hlines(edges, first, last + 1, color=PAPER, linewidth=1.6)

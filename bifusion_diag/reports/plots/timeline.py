@@ -51,7 +51,7 @@ def draw_timeline(traces: Sequence[Trace]) -> Plot:
     rug_height = 0.17 * len(traces)
     with drawing(5.3 + rug_height) as figure:
         grid = figure.add_gridspec(
-            3, 1, height_ratios=[rug_height, 2.1, 2.5], left=LEFT, right=RIGHT, top=0.955, bottom=0.085, hspace=0.16
+            3, 1, height_ratios=[rug_height, 2.1, 2.5], left=LEFT, right=RIGHT, top=0.955, bottom=0.085, hspace=0.22
         )
         rug, losses, norms = (figure.add_subplot(grid[row]) for row in range(3))
         _draw_rug(rug, traces)
@@ -70,7 +70,7 @@ def draw_timeline(traces: Sequence[Trace]) -> Plot:
         return Plot(
             "timeline",
             "Losses and pre-clip gradient norm",
-            "Thin: every step. Bold: running median of 21 steps. Ticks on top: bad steps (red non-finite, orange spike).",
+            "Thin: each step. Bold: running median of 21 steps. Ticks on top: bad steps, red non-finite, orange spike.",
             alt,
             render(figure, "timeline", alt),
             time_axis(norms),

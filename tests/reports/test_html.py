@@ -1,0 +1,132 @@
+"""The page: what it says, what it escapes, how it is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bifusion_diag.diagnosis import assess_run, compare_runs
+from bifusion_diag.errors import UserError
+from bifusion_diag.record.schema import Event, Run
+from bifusion_diag.reports import render_comparison, render_run, report_data, write_report
+
+HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
+
+
+@pytest.fixture(scope="module")
+def page(baseline: Run, candidate: Run) -> str:
+    return render_comparison(compare_runs(baseline, candidate), baseline, candidate)
+
+
+def hostile(run: Run) -> Run:
+    """The run with markup wherever a user's text goes."""
+    modules = [dataclasses.replace(module, name=module.name) for module in run.modules]
+    header = dataclasses.replace(
+        run.header,
+        name=HOSTILE,
+        preset=HOSTILE,
+        command=HOSTILE,
+        settings={**run.settings, HOSTILE: HOSTILE},
+        provenance={**run.provenance, "data": HOSTILE, "labels": HOSTILE, "clip_weights": HOSTILE},
+        environment={HOSTILE: HOSTILE},
+        modules=modules,
+    )
+    series = dict(run.all_series)
+    term = HOSTILE.replace("/", "")
+    for kind in ("raw", "weighted"):
+        name = f"loss/{term}/{kind}"
+        series[name] = dataclasses.replace(series[f"loss/instance/{kind}"], name=name)
+    for kind in ("state", "param_norm"):
+        name = f"grads/{term}/{kind}"
+        series[name] = dataclasses.replace(series[f"grads/pool/{kind}"], name=name)
+    events = [*run.events, Event(50, "stage", HOSTILE, {"stage": HOSTILE}), Event(141, "x", "", {"scenes": [HOSTILE]})]
+    return dataclasses.replace(
+        run, header=header, all_series=series, events=events, measures={}, status="failed", error=HOSTILE
+    )
+
+
+def test_the_first_screen_answers(page: str) -> None:
+    screen = page[: page.index("<h2>Timeline</h2>")]
+    assert (
+        "bifusion-fragile is less stable than baseline-5cm: 10 bad steps in 600 (baseline 0), first at step 141."
+        in screen
+    )
+    assert "--set model.projection.sanitize=strict" in screen
+    assert "<span>CLIP weights</span> random" in screen
+    assert "<span>labels</span> ground truth (synthetic)" in screen
+
+
+def test_sections_come_in_the_reader_s_order(page: str) -> None:
+    titles = ("Timeline", "Findings", "Where: ", "Why: ", "Criteria", "What differed", "To reproduce")
+    places = [page.index(f"<h2>{title}") for title in titles]
+    assert places == sorted(places)
+
+
+def test_it_is_self_contained_and_small(page: str) -> None:
+    assert len(page.encode()) < 3_000_000
+    assert "default-src 'none'" in page
+    without_namespaces = page.replace("http://www.w3.org/2000/svg", "").replace("http://www.w3.org/1999/xlink", "")
+    assert "http://" not in without_namespaces
+    assert "https://" not in without_namespaces
+
+
+def test_hostile_text_stays_text(baseline: Run, candidate: Run) -> None:
+    bad = hostile(candidate)
+    for html in (
+        render_comparison(compare_runs(baseline, bad), baseline, bad),
+        render_comparison(compare_runs(bad, baseline), bad, baseline),
+        render_run(assess_run(bad), bad),
+    ):
+        assert "<script>alert" not in html
+        assert "<img" not in html
+        assert "&lt;script&gt;alert(1)" in html
+        assert html.count("<script") == 2  # the values and the program
+
+
+def test_not_measured_is_never_a_pass(baseline: Run) -> None:
+    html = render_run(assess_run(baseline), baseline)
+    assert "no gate was recorded" in html
+    assert '<span class="not-measured">not measured</span>' in html
+
+
+def test_a_run_without_probes_has_a_page(writer: Callable[..., Run], baseline: Run) -> None:
+    bare = dataclasses.replace(
+        baseline,
+        header=dataclasses.replace(baseline.header, modules=[], settings={}, provenance={}, environment={}),
+        all_series={"loss/total": baseline.all_series["loss/total"]},
+    )
+    html = render_run(assess_run(bare), bare)
+    assert "train/grad_norm was not recorded" in html
+    assert "no run was probed with <code>grads</code>" in html
+
+
+def test_many_series_render_in_time(writer: Callable[..., Run], tmp_path: Path, baseline: Run) -> None:
+    run = writer(tmp_path / "big.json", name="big", preset="big", extra_modules=320)
+    assert len(run.all_series) > 1000
+    html = render_comparison(compare_runs(baseline, run), baseline, run)
+    assert len(html.encode()) < 3_000_000
+
+
+def test_page_and_data_lie_side_by_side(tmp_path: Path, baseline: Run) -> None:
+    assessment = assess_run(baseline)
+    data = write_report(tmp_path / "new" / "report.html", "<p>page</p>", report_data(assessment))
+    assert (tmp_path / "new" / "report.html").read_text(encoding="utf-8") == "<p>page</p>"
+    stored = json.loads(data.read_text(encoding="utf-8"))
+    assert stored["kind"] == "bifusion-diag assessment"
+    assert stored["verdict"]["sentence"] == assessment.verdict.sentence
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["report.html", "report.json"]
+
+
+def test_an_unwritable_place_is_the_user_s_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    (tmp_path / "folder.html").mkdir()
+    with pytest.raises(UserError, match=r"report.*cannot be written"):
+        write_report(tmp_path / "file" / "report.html", "", {})
+    with pytest.raises(UserError, match="it is a folder"):
+        write_report(tmp_path / "folder.html", "", {})
+    with pytest.raises(UserError, match=r"does not end in \.json"):
+        write_report(tmp_path / "report.json", "", {})

@@ -1,0 +1,119 @@
+"""Plots as SVG: what they hold, by parsing them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from bifusion_diag.diagnosis import measure
+from bifusion_diag.record.schema import Run
+from bifusion_diag.reports.palette import ACCENT, BASELINE, VARIABLES
+from bifusion_diag.reports.plots import (
+    Trace,
+    draw_alpha,
+    draw_clip_ranges,
+    draw_heatmap,
+    draw_projection,
+    draw_terms,
+    draw_timeline,
+)
+from bifusion_diag.reports.plots.heatmap import FINITE, FROZEN, NO_GRADIENT, NONFINITE, ZERO, group_rows, make_grid
+from bifusion_diag.reports.svg import Plot
+
+
+@pytest.fixture(scope="module")
+def traces(baseline: Run, candidate: Run) -> list[Trace]:
+    return [
+        Trace(baseline, measure(baseline), "baseline", BASELINE),
+        Trace(candidate, measure(candidate), "candidate", ACCENT),
+    ]
+
+
+@pytest.fixture(scope="module")
+def plots(traces: list[Trace]) -> list[Plot]:
+    drawn = [
+        draw_timeline(traces),
+        draw_heatmap(traces),
+        draw_clip_ranges(traces[1], "clip1"),
+        draw_projection(traces[1], "projection1"),
+        draw_alpha(traces[1], "alpha1"),
+        draw_terms(traces[1], "terms1"),
+    ]
+    return [plot for plot in drawn if plot is not None]
+
+
+def test_every_plot_is_drawn_and_well_formed(plots: list[Plot]) -> None:
+    assert len(plots) == 6
+    for plot in plots:
+        root = ElementTree.fromstring(plot.svg)
+        assert root.get("aria-label") == plot.alt
+        assert any(element.tag.endswith("text") for element in root.iter()), f"{plot.name}: text is not text"
+
+
+def test_ids_are_unique_in_the_page(plots: list[Plot]) -> None:
+    ids = [identity for plot in plots for identity in re.findall(r'\bid="([^"]+)"', plot.svg)]
+    assert len(ids) == len(set(ids))
+    for plot in plots:
+        for reference in re.findall(r"(?:url\(#|href=\"#)([^\")]+)", plot.svg):
+            assert reference in ids
+
+
+def test_every_theme_colour_is_a_variable(plots: list[Plot]) -> None:
+    for plot in plots:
+        colours = set(re.findall(r"#[0-9a-f]{6}\b", plot.svg))
+        assert not colours & set(VARIABLES)
+        assert not colours, f"{plot.name}: {colours} are the same in the dark theme"
+
+
+def test_no_line_has_more_than_2000_vertices(writer: Callable[..., Run], tmp_path: Path) -> None:
+    run = writer(tmp_path / "long.json", name="long", preset="long", steps=6000, fused=False)
+    plot = draw_timeline([Trace(run, measure(run), "long", ACCENT)])
+    longest = max(path.count("L") for path in re.findall(r' d="([^"]*)"', plot.svg))
+    assert 1000 < longest <= 2000
+
+
+def test_the_same_run_gives_the_same_svg(traces: list[Trace]) -> None:
+    assert draw_timeline(traces).svg == draw_timeline(traces).svg
+
+
+def test_a_dollar_in_a_name_is_a_dollar(traces: list[Trace]) -> None:
+    named = [Trace(traces[0].run, traces[0].measures, r"$\frac{a}$ & <b>", BASELINE)]
+    assert r"$\frac{a}$ &amp; &lt;b&gt;" in draw_timeline(named).svg
+
+
+def test_the_four_looks_come_from_the_states(candidate: Run) -> None:
+    grid = make_grid(candidate, 0, 599)
+    row = {name: grid.state[place] for place, name in enumerate(grid.names)}
+    assert set(row["encoder.clip"]) == {FROZEN}
+    assert set(row["encoder.global_head"]) == {NO_GRADIENT}
+    assert row["encoder.gate"][0] == ZERO
+    assert row["encoder.gate"][-1] == FINITE
+    column = 141 * grid.state.shape[1] // 600
+    assert row["pool"][column] == NONFINITE
+    assert row["decoder.out_mask"][column] == FINITE
+    assert np.isnan(grid.norm[grid.names.index("encoder.clip")]).all()
+
+
+def test_the_cells_hold_the_largest_norm_of_their_steps(candidate: Run) -> None:
+    grid = make_grid(candidate, 0, 599)
+    norm = candidate.all_series["grads/pool/param_norm"]
+    column = 360 * grid.norm.shape[1] // 600
+    inside = norm.steps * grid.norm.shape[1] // 600 == column
+    assert grid.norm[grid.names.index("pool"), column] == norm.value[inside].max()
+
+
+def test_many_modules_are_grouped_by_their_names() -> None:
+    modules = [f"encoder.block{block}.{layer}" for block in range(30) for layer in range(5)]
+    assert set(group_rows(modules).values()) == {f"encoder.block{block}" for block in range(30)}
+    assert group_rows(modules[:40]) == {module: module for module in modules[:40]}
+
+
+def test_what_was_not_recorded_is_not_drawn(traces: list[Trace]) -> None:
+    assert draw_alpha(traces[0], "a") is None
+    assert draw_projection(traces[0], "p") is None
+    assert draw_clip_ranges(traces[0], "c") is None
