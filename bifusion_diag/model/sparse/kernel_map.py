@@ -79,18 +79,23 @@ class PairTable:
     """
 
     def __init__(self, table: Tensor, *, centre: int | None = None, single: bool = False) -> None:
-        self.table = table
+        self._table = table
         self.centre = centre
         self.single = single
 
     @property
+    def table(self) -> Tensor:
+        """(K, M) int32 partner row of every offset and row, -1 = none."""
+        return self._table
+
+    @property
     def rows(self) -> int:
-        return self.table.shape[1]
+        return self._table.shape[1]
 
     @cached_property
     def chunks(self) -> list[Chunk]:
         """The work, in an order that suits the hardware."""
-        volume, table = self.table.shape[0], self.table
+        volume, table = self._table.shape[0], self._table
         order = [index for index in range(volume) if index != self.centre]
         if self.centre is not None:
             order.append(self.centre)
@@ -122,12 +127,16 @@ class MirroredTable(PairTable):
     """
 
     def __init__(self, original: PairTable) -> None:
-        super().__init__(original.table.flip(0), centre=original.centre)
+        super().__init__(original.table, centre=original.centre)
         self._original = original
+
+    @property
+    def table(self) -> Tensor:
+        return self._table.flip(0)  # made when asked for: only im2col for the gradient of its input does
 
     @cached_property
     def chunks(self) -> list[Chunk]:
-        last = self.table.shape[0] - 1
+        last = self._table.shape[0] - 1
         return [
             replace(chunk, offsets=tuple(last - index for index in chunk.offsets)) for chunk in self._original.chunks
         ]
