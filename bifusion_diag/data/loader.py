@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from bifusion_diag.config.settings import DataSettings
 from bifusion_diag.data.augment import Augmentation
 from bifusion_diag.data.batch import Batch, collate
 from bifusion_diag.data.crop import crop_scene
+from bifusion_diag.data.scene import Scene
 from bifusion_diag.data.source import SceneSource
 from bifusion_diag.errors import UserError
 
@@ -51,7 +54,18 @@ class BatchLoader:
         scenes, coords = [], []
         for slot, index in enumerate(self.scene_indices(step)):
             rng = np.random.default_rng([self.seed, _SAMPLE, step, slot])
-            scene = crop_scene(self.source[index], self.settings, rng)
+            scene = crop_scene(self._scene(index), self.settings, rng)
             scenes.append(scene)
             coords.append(self.augment(scene.points[:, :3], rng))
         return collate(scenes, coords)
+
+    def _scene(self, index: int) -> Scene:
+        """Scene ``index``, or the first one after it that has a point: a capture without depth must not end a run."""
+        without: list[str] = []
+        for candidate in (*range(index, len(self.source)), *range(index)):
+            scene = self.source[candidate]
+            if np.isfinite(scene.points[:, :3]).all(axis=1).any():
+                stands_in = tuple(f"stands in for '{name}', which has no points" for name in without)
+                return replace(scene, notes=scene.notes + stands_in) if stands_in else scene
+            without.append(scene.name)
+        raise UserError(f"none of the {len(without)} scenes has a point: {self.source.describe()}")

@@ -71,3 +71,19 @@ def test_without_augmentation_coords_are_xyz(make_scene):
 def test_a_source_without_scenes_is_refused(make_scene):
     with pytest.raises(UserError, match=r"the data source has no scenes: .*'kind': 'test'"):
         BatchLoader(Scenes(make_scene, 0), DataSettings(), batch_size=1, seed=0)
+
+
+def test_a_scene_without_points_is_stood_in_for_by_the_next_one(make_scene):
+    source = Scenes(make_scene, 3)
+    source.scenes[1] = make_scene(0, name="1", notes=("no depth reading",))
+    loader = BatchLoader(source, DataSettings(), batch_size=3, seed=0)
+    batch = loader.batch(0)
+    assert sorted(batch.names) == ["0", "2", "2"]
+    assert [note for notes in batch.notes for note in notes] == ["stands in for '1', which has no points"]
+
+
+def test_scenes_none_of_which_has_points_are_an_error(make_scene):
+    source = Scenes(make_scene, 2)
+    source.scenes = [make_scene(0, name=str(k)) for k in range(2)]
+    with pytest.raises(UserError, match="none of the 2 scenes has a point"):
+        BatchLoader(source, DataSettings(), batch_size=1, seed=0).batch(0)

@@ -1,0 +1,202 @@
+"""Whole runs: what they record, that they repeat bit by bit, resume, and end cleanly."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from bifusion_diag.config import Settings, preset_names
+from bifusion_diag.errors import UserError
+from bifusion_diag.model.decoder import MixedQueryDecoder
+from bifusion_diag.record import Run, load_run
+from bifusion_diag.training import Trainer, resume_training
+
+Train = Callable[..., Run]
+
+# Scenes with one labelled object, and so few queries that at times none of them lies on it: ESAM averages over nothing.
+EMPTY_MATCH = ("data.flaws.single_instance=1", "model.decoder.query_share=0", "losses.instance.empty_match=nan")
+
+
+def weights(folder: Path, name: str = "run") -> dict[str, torch.Tensor]:
+    """The newest checkpoint's tensors: weights, buffers, moments and random state."""
+    newest = sorted((folder / f"{name}.checkpoints").glob("step-*"))[-1]
+    return load_file(newest / "state.safetensors")
+
+
+def assert_same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def values(run: Run, name: str) -> list[float]:
+    series = run.series(name)
+    assert series is not None
+    return series.value.tolist()
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_every_preset_trains_and_records_what_it_is(train: Train, preset: str) -> None:
+    run = train(preset, steps=10, probes=("all",))
+    assert (run.status, list(run.steps)) == ("completed", list(range(10)))
+    assert np.isfinite(values(run, "loss/total")).all()
+    assert run.settings["preset"] == run.header.preset == preset
+    assert run.provenance["labels"] == "ground truth (synthetic)"
+    assert run.provenance.get("clip_weights") == (None if preset.startswith("baseline") else "random")
+    assert run.measures["readings"]
+    recorded = {name.partition("/")[0] for name in run.names()}
+    fused = set() if preset.startswith("baseline") else {"clip", "projection", "gate"}
+    assert recorded == {"loss", "train", "grads"} | fused
+
+
+def test_the_recorded_total_is_the_sum_of_the_weighted_terms(train: Train) -> None:
+    run = train("bifusion")
+    weighted = [name for name in run.names("loss/") if name.endswith("/weighted")]
+    assert len(weighted) >= 5
+    np.testing.assert_allclose(
+        sum(np.array(values(run, name)) for name in weighted), values(run, "loss/total"), rtol=1e-5
+    )
+
+
+def test_same_seed_gives_bit_identical_losses_and_weights_and_another_seed_does_not(
+    train: Train, tmp_path: Path
+) -> None:
+    one, two = train("bifusion", name="one"), train("bifusion", name="two")
+    other = train("bifusion", "training.seed=1", name="other")
+    assert values(one, "loss/total") == values(two, "loss/total") != values(other, "loss/total")
+    assert_same_tensors(weights(tmp_path, "one"), weights(tmp_path, "two"))
+
+
+@pytest.mark.parametrize("preset", ["bifusion", "baseline-5cm"])
+def test_probes_change_no_weight_and_no_random_number(train: Train, tmp_path: Path, preset: str) -> None:
+    with_all = train(preset, name="all", probes=("all",))
+    with_none = train(preset, name="none")
+    assert values(with_all, "train/grad_norm") == values(with_none, "train/grad_norm")
+    assert_same_tensors(weights(tmp_path, "all"), weights(tmp_path, "none"))
+
+
+def test_a_resumed_run_is_bit_identical_to_one_that_was_never_interrupted(
+    train: Train, tiny: Callable[..., Settings], quiet: Console, tmp_path: Path
+) -> None:
+    whole = train("bifusion", name="whole", steps=6, probes=("all",))
+    settings = tiny("bifusion", steps=6)
+    trainer = Trainer(settings, tmp_path / "parts.json", ["all"], [], quiet)
+    step = trainer._step
+
+    def interrupted_at_3(number: int, display: object) -> None:
+        step(number, display)
+        if number == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    trainer._step = interrupted_at_3
+    first = trainer.run()
+    assert (first.status, list(first.steps)) == ("interrupted", [0, 1, 2, 3])
+    assert [event.kind for event in first.events][-1] == "signal"
+    second = resume_training(tmp_path / "parts.json", console=quiet)
+    assert (second.status, list(second.steps)) == ("completed", list(range(6)))
+    for name in whole.names():
+        if "seconds" not in name:
+            np.testing.assert_array_equal(values(second, name), values(whole, name), err_msg=name)
+    assert_same_tensors(weights(tmp_path, "parts"), weights(tmp_path, "whole"))
+
+
+def test_sigterm_ends_with_a_valid_record_and_puts_the_handlers_back(
+    tiny: Callable[..., Settings], quiet: Console, tmp_path: Path
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    trainer = Trainer(tiny("baseline-5cm", steps=1000), tmp_path / "run.json", [], [], quiet)
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    run = trainer.run()
+    timer.join()
+    assert run.status == "interrupted"
+    assert 0 < len(run.steps) < 1000
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_crash_leaves_a_record_that_says_failed(
+    tiny: Callable[..., Settings], quiet: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(tiny("baseline-5cm", steps=5), tmp_path / "run.json", ["grads"], [], quiet)
+    forward = MixedQueryDecoder.forward
+    calls = []
+
+    def failing(self: MixedQueryDecoder, *arguments: object) -> object:
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("out of memory, say")
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(MixedQueryDecoder, "forward", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.run()
+    run = load_run(tmp_path / "run.json")
+    assert (run.status, list(run.steps)) == ("failed", [0, 1])
+    assert "out of memory, say" in str(run.error)
+
+
+def test_bad_steps_become_events_that_name_their_scenes(train: Train) -> None:
+    run = train("baseline-5cm", *EMPTY_MATCH, steps=12)
+    assert run.series("loss/total").stats.nonfinite > 0
+    bad = [event for event in run.events if event.kind == "non-finite"]
+    first = run.series("loss/total").stats.first_nonfinite_step
+    assert bad[0].step == first
+    assert set(bad[0].data["terms"]) <= {"instance_bce", "instance_dice"} != set()
+    assert bad[0].data["scenes"][0].startswith("synthetic-")
+
+
+def test_a_match_of_nothing_gives_a_nan_loss_and_harmless_gradients(train: Train, tmp_path: Path) -> None:
+    run = train("baseline-5cm", *EMPTY_MATCH, steps=12)
+    assert run.series("loss/total").stats.nonfinite > 0
+    assert run.series("train/grad_norm").stats.nonfinite == 0
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values() if tensor.is_floating_point())
+
+
+def test_checkpoints_are_written_on_the_way_and_the_old_ones_dropped(train: Train, tmp_path: Path) -> None:
+    train("baseline-5cm", "training.checkpoint_every=1", steps=5)
+    names = sorted(path.name for path in (tmp_path / "run.checkpoints").iterdir())
+    assert names == ["step-000004", "step-000005"]
+
+
+def test_a_finished_run_cannot_be_resumed(train: Train, quiet: Console, tmp_path: Path) -> None:
+    train("baseline-5cm", steps=2)
+    with pytest.raises(UserError, match="nothing to resume: all 2 steps"):
+        resume_training(tmp_path / "run.json", console=quiet)
+
+
+def test_resuming_needs_a_checkpoint_that_can_be_read(train: Train, quiet: Console, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no checkpoint in"):
+        resume_training(tmp_path / "none.json", console=quiet)
+    train("baseline-5cm", steps=2)
+    info = tmp_path / "run.checkpoints" / "step-000002" / "checkpoint.json"
+    content = json.loads(info.read_text())
+    info.write_text(json.dumps(content | {"format_version": 99}))
+    with pytest.raises(UserError, match="format version 99"):
+        resume_training(tmp_path / "run.json", console=quiet)
+    info.write_text(json.dumps(content | {"step": 1}))
+    state = info.with_name("state.safetensors")
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"state.safetensors cannot be read"):
+        resume_training(tmp_path / "run.json", console=quiet)
+    info.write_text("{")
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        resume_training(tmp_path / "run.json", console=quiet)
+
+
+def test_bad_input_is_found_before_anything_is_written(
+    tiny: Callable[..., Settings], quiet: Console, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"unknown probe 'grad'.*'grads'"):
+        Trainer(tiny("baseline-5cm"), tmp_path / "run.json", ["grad"], [], quiet)
+    with pytest.raises(UserError, match="not available here"):
+        Trainer(tiny("baseline-5cm", "training.device=tpu9"), tmp_path / "run.json", [], [], quiet)
+    assert list(tmp_path.iterdir()) == []
