@@ -94,12 +94,10 @@ def rows_needed(recorded: NDArray[np.int64], steps: Sequence[int]) -> NDArray[np
 
 
 def gradient_modules(run: Run) -> list[str]:
-    """Modules with recorded gradients, in execution order; containers without parameters of their own are left out."""
-    recorded = {name[len("grads/") : -len("/state")] for name in run.names("grads/") if name.endswith("/state")}
-    known = {module.name: module for module in run.modules}
-    parents = {name.rsplit(".", depth)[0] for name in recorded for depth in range(1, name.count(".") + 1)} | {""}
-    containers = {name for name in parents if name not in known or not known[name].parameters}
-    return sorted(recorded - containers, key=lambda name: (known[name].order if name in known else len(known), name))
+    """Modules with recorded parameter gradients, in execution order."""
+    recorded = [name[len("grads/") : -len("/state")] for name in run.names("grads/") if name.endswith("/state")]
+    order = {module.name: module.order for module in run.modules}
+    return sorted(recorded, key=lambda name: order.get(name, len(order)))
 
 
 def _trace_nonfinite(
@@ -150,10 +148,15 @@ def _trace_spikes(
 
 
 def _scenes_by_step(run: Run) -> dict[int, tuple[str, ...]]:
-    """Scene names that events state for their step under `scenes` or `names`."""
+    """Scenes that events name for their step under `scenes`, each with its `scene_notes` in brackets."""
     found: dict[int, tuple[str, ...]] = {}
     for event in run.events:
-        names = event.data.get("scenes") or event.data.get("names")
-        if event.step is not None and isinstance(names, list | tuple):
-            found[event.step] = tuple(map(str, names))
+        names = event.data.get("scenes")
+        if event.step is None or not isinstance(names, list | tuple):
+            continue
+        notes = event.data.get("scene_notes") or [()] * len(names)
+        found[event.step] = tuple(
+            f"{name} [{'; '.join(map(str, told))}]" if told else str(name)
+            for name, told in zip(names, notes, strict=False)
+        )
     return found

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bifusion_diag.reports.files import report_data, write_json, write_report
+    from bifusion_diag.reports.files import write_comparison, write_run
     from bifusion_diag.reports.html import render_comparison, render_run
     from bifusion_diag.reports.terminal import print_comparison, print_run
 
@@ -18,9 +18,8 @@ __all__ = [
     "print_run",
     "render_comparison",
     "render_run",
-    "report_data",
-    "write_json",
-    "write_report",
+    "write_comparison",
+    "write_run",
 ]
 
 _HOME = {
@@ -28,9 +27,8 @@ _HOME = {
     "print_run": "terminal",
     "render_comparison": "html",
     "render_run": "html",
-    "report_data": "files",
-    "write_json": "files",
-    "write_report": "files",
+    "write_comparison": "files",
+    "write_run": "files",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cache
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -14,9 +15,9 @@ from bifusion_diag.reports.page import Page, comparison_page, run_page
 from bifusion_diag.reports.palette import css_variables
 
 
-def render_comparison(comparison: RunComparison, baseline: Run, candidate: Run) -> str:
-    """The page of two runs, as HTML."""
-    return _render(comparison_page(comparison, baseline, candidate))
+def render_comparison(comparisons: Sequence[RunComparison], baseline: Run, candidates: Sequence[Run]) -> str:
+    """The page of a baseline and of the candidates compared with it, in the same order, as HTML."""
+    return _render(comparison_page(comparisons, baseline, candidates))
 
 
 def render_run(assessment: RunAssessment, run: Run) -> str:

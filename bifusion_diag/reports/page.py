@@ -1,8 +1,8 @@
-"""What the page shows, gathered from the diagnosis. One builder for one run and for two."""
+"""What the page shows, gathered from the diagnosis. One builder for one run, one for a comparison."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,12 @@ from bifusion_diag.diagnosis.definitions import DEFINITIONS, definition_of, memb
 from bifusion_diag.diagnosis.findings import Finding, Unmeasured
 from bifusion_diag.diagnosis.modules import ModuleGradient, ModulePair
 from bifusion_diag.diagnosis.parting import Parting
-from bifusion_diag.diagnosis.quantity import Reading
-from bifusion_diag.diagnosis.settings_diff import flatten
+from bifusion_diag.diagnosis.quantity import NotMeasured, Reading
+from bifusion_diag.diagnosis.settings_diff import ABSENT, flatten
 from bifusion_diag.diagnosis.verdict import Verdict
 from bifusion_diag.record.schema import Run
 from bifusion_diag.reports.numbers import ratio_text, text
-from bifusion_diag.reports.palette import ACCENT, BASELINE
+from bifusion_diag.reports.palette import ACCENT, BASELINE, CATEGORY
 from bifusion_diag.reports.plots import (
     Trace,
     draw_alpha,
@@ -31,16 +31,17 @@ from bifusion_diag.reports.sparkline import Spark, draw_spark
 from bifusion_diag.reports.svg import Plot
 
 MODULE_ROWS = 200  # of the table of modules; the JSON has them all
+MORE_COLOURS = (ACCENT, CATEGORY[2], CATEGORY[1], CATEGORY[6], CATEGORY[5])  # of the candidates
 _FACTS = ("data", "labels", "clip_weights")
 
 
 @dataclass(frozen=True)
 class MeasureRow:
-    """One line of the table of measures; one reading a run."""
+    """One line of the table of measures: one reading a run, one ratio to the baseline's a candidate."""
 
     title: str
     readings: tuple[Reading, ...]
-    ratio: float | None
+    ratios: tuple[float | None, ...]
     definition: str
 
 
@@ -58,7 +59,11 @@ class SettingLine:
 
     key: str
     texts: tuple[str, ...]
-    differs: bool
+
+    @property
+    def differs(self) -> bool:
+        """Whether the runs differ in it."""
+        return len(set(self.texts)) > 1
 
 
 @dataclass(frozen=True)
@@ -80,26 +85,40 @@ class SettingTable:
 
 
 @dataclass(frozen=True)
+class ModuleTable:
+    """Gradients by module; the last column is a state in words, the others are numbers."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    left_out: int
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The verdict on one run and what supports it."""
+
+    name: str
+    verdict: Verdict
+    partings: tuple[Parting, ...]
+    first_loss_difference: int | None
+    findings: list[tuple[Finding, Spark | None]]
+    unmeasured: tuple[Unmeasured, ...]
+
+
+@dataclass(frozen=True)
 class Page:
-    """Everything the template reads."""
+    """Everything the template reads. `names` has the baseline first, `judged` one entry a judged run."""
 
     title: str
     compared: bool
     names: tuple[str, ...]
-    verdict: Verdict
+    judged: list[Judged]
     facts: list[tuple[str, str]]
-    limits: tuple[str, ...]
+    limits: list[str]
     timeline: Plot
-    partings: tuple[Parting, ...]
-    first_loss_difference: int | None
-    findings: tuple[Finding, ...]
-    sparks: list[Spark | None]
-    unmeasured: tuple[Unmeasured, ...]
     heatmap: Plot | None
-    modules_title: str
-    modules_head: tuple[str, ...]
-    modules: list[tuple[str, ...]]
-    modules_left_out: int
+    modules: list[ModuleTable]
     why: list[Plot]
     why_gaps: list[str]
     criteria: list[tuple[Criterion, ...]]
@@ -108,100 +127,137 @@ class Page:
     reproduce: list[dict[str, str]]
 
 
-def comparison_page(comparison: RunComparison, baseline: Run, candidate: Run) -> Page:
-    """The page of two runs."""
-    left, right = comparison.baseline, comparison.candidate
-    traces = [Trace(baseline, left.measures, left.name, BASELINE), Trace(candidate, right.measures, right.name, ACCENT)]
+def comparison_page(comparisons: Sequence[RunComparison], baseline: Run, candidates: Sequence[Run]) -> Page:
+    """The page of a baseline and one or more candidates, each compared with it."""
+    first = comparisons[0].baseline
+    assessments = [first, *(comparison.candidate for comparison in comparisons)]
+    runs = [baseline, *candidates]
+    names = _distinct([assessment.name for assessment in assessments])
+    colours = (BASELINE, *(MORE_COLOURS[index % len(MORE_COLOURS)] for index in range(len(candidates))))
+    traces = [
+        Trace(run, assessment.measures, name, colour)
+        for run, assessment, name, colour in zip(runs, assessments, names, colours, strict=True)
+    ]
     why, gaps = _why(traces)
-    rows = [_pair_row(pair) for pair in comparison.modules[:MODULE_ROWS]]
-    settings = [
-        SettingTable(
-            group.title, [SettingLine(row.key, (row.baseline, row.candidate), row.differs) for row in group.rows]
-        )
-        for group in comparison.settings
-    ]
-    measures = [
-        (
-            pair.key,
-            MeasureRow(_measure_title(pair.key), (pair.baseline, pair.candidate), pair.ratio, _text_of(pair.key)),
-        )
-        for pair in comparison.measures
-    ]
     return Page(
-        title=f"{right.name} against {left.name}",
+        title=f"{', '.join(names[1:])} against {names[0]}",
         compared=True,
-        names=(left.name, right.name),
-        verdict=comparison.verdict,
-        facts=_facts([(left, baseline), (right, candidate)]),
-        limits=comparison.limits,
+        names=names,
+        judged=[
+            Judged(
+                name,
+                comparison.verdict,
+                comparison.partings,
+                comparison.first_loss_difference,
+                _with_sparks(run, comparison.candidate),
+                comparison.candidate.unmeasured,
+            )
+            for name, run, comparison in zip(names[1:], candidates, comparisons, strict=True)
+        ],
+        facts=_facts(names, runs),
+        limits=_limits(comparisons, names),
         timeline=draw_timeline(traces),
-        partings=comparison.partings,
-        first_loss_difference=comparison.first_loss_difference,
-        findings=right.findings,
-        sparks=[draw_spark(candidate, finding) for finding in right.findings],
-        unmeasured=right.unmeasured,
         heatmap=draw_heatmap(traces),
-        modules_title="Modules of both runs, worst first",
-        modules_head=(
-            "module",
-            left.name,
-            right.name,
-            "ratio",
-            "largest",
-            "non-finite steps",
-            f"state in {right.name}",
-        ),
-        modules=rows,
-        modules_left_out=max(0, len(comparison.modules) - MODULE_ROWS),
+        modules=[
+            _pair_table(comparison.modules, names[0], name)
+            for name, comparison in zip(names[1:], comparisons, strict=True)
+        ],
         why=why,
         why_gaps=gaps,
-        criteria=list(zip(left.criteria, right.criteria, strict=True)),
-        measures=_groups(measures),
-        settings=settings,
-        reproduce=[_reproduce(baseline, left.name), _reproduce(candidate, right.name)],
+        criteria=list(zip(*(assessment.criteria for assessment in assessments), strict=True)),
+        measures=_compared_measures(comparisons),
+        settings=_setting_tables(runs),
+        reproduce=[_reproduce(run, name) for run, name in zip(runs, names, strict=True)],
     )
+
+
+def _with_sparks(run: Run, assessment: RunAssessment) -> list[tuple[Finding, Spark | None]]:
+    return [(finding, draw_spark(run, finding)) for finding in assessment.findings]
+
+
+def _distinct(names: Sequence[str]) -> tuple[str, ...]:
+    """Names that occur twice get their number."""
+    return tuple(name if names.count(name) == 1 else f"{name} ({place})" for place, name in enumerate(names))
+
+
+def _limits(comparisons: Sequence[RunComparison], names: Sequence[str]) -> list[str]:
+    """The limits of every comparison, once each; with several candidates, named."""
+    limits: dict[str, None] = {}
+    for name, comparison in zip(names[1:], comparisons, strict=True):
+        for limit in comparison.limits:
+            named = limit.replace("The candidate", name, 1).replace("the candidate", name, 1)
+            limits[limit if len(comparisons) == 1 else named] = None
+    if len({comparison.baseline.step_range for comparison in comparisons}) > 1:
+        limits[
+            f"The candidates cover different steps: the baseline's numbers are those of its steps in {names[1]}."
+        ] = None
+    return list(limits)
+
+
+def _compared_measures(comparisons: Sequence[RunComparison]) -> list[MeasureGroup]:
+    """The baseline's reading, every candidate's, and the ratios, by measure."""
+    tables = [{pair.key: pair for pair in comparison.measures} for comparison in comparisons]
+    gap = NotMeasured("was not recorded")
+    rows = []
+    for key in dict.fromkeys(key for table in tables for key in table):
+        pairs = [table.get(key) for table in tables]
+        before = next(pair.baseline for pair in pairs if pair is not None)
+        readings = (before, *(gap if pair is None else pair.candidate for pair in pairs))
+        ratios = tuple(None if pair is None else pair.ratio for pair in pairs)
+        rows.append((key, MeasureRow(_measure_title(key), readings, ratios, definition_of(key).text)))
+    return _groups(rows)
+
+
+def _setting_tables(runs: Sequence[Run]) -> list[SettingTable]:
+    """Settings of all runs side by side, differences first in each table."""
+    tables = []
+    for title, sources in (
+        ("Settings", [run.settings for run in runs]),
+        ("Data and weights", [run.provenance for run in runs]),
+        ("Parameters", [run.parameters for run in runs]),
+        ("Environment", [run.environment for run in runs]),
+    ):
+        flat = [flatten(source) for source in sources]
+        keys = dict.fromkeys(key for one in flat for key in one)
+        rows = [SettingLine(key, tuple(one.get(key, ABSENT) for one in flat)) for key in keys]
+        if rows:
+            tables.append(SettingTable(title, sorted(rows, key=lambda row: not row.differs)))
+    return tables
+
+
+def _pair_table(pairs: Sequence[ModulePair], baseline: str, candidate: str) -> ModuleTable:
+    head = ("module", baseline, candidate, "ratio", "largest", "non-finite steps", f"state in {candidate}")
+    rows = [_pair_row(pair) for pair in pairs[:MODULE_ROWS]]
+    return ModuleTable(f"Modules of both {baseline} and {candidate}, worst first", head, rows, len(pairs) - len(rows))
 
 
 def run_page(assessment: RunAssessment, run: Run) -> Page:
     """The page of one run."""
     trace = Trace(run, assessment.measures, assessment.name, ACCENT)
     why, gaps = _why([trace])
-    sources = (
-        ("Settings", run.settings),
-        ("Data and weights", run.provenance),
-        ("Parameters", run.parameters),
-        ("Environment", run.environment),
-    )
-    settings = [
-        SettingTable(title, [SettingLine(key, (value,), False) for key, value in flatten(source).items()])
-        for title, source in sources
-        if source
-    ]
     readings = assessment.measures.readings.items()
-    measures = [(key, MeasureRow(_measure_title(key), (reading,), None, _text_of(key))) for key, reading in readings]
+    measures = [
+        (key, MeasureRow(_measure_title(key), (reading,), (), definition_of(key).text)) for key, reading in readings
+    ]
+    rows = [_module_row(row) for row in assessment.modules[:MODULE_ROWS]]
+    head = ("module", "median", "largest", "non-finite steps", "state")
     return Page(
         title=assessment.name,
         compared=False,
         names=(assessment.name,),
-        verdict=assessment.verdict,
-        facts=_facts([(assessment, run)]),
-        limits=(),
+        judged=[
+            Judged(assessment.name, assessment.verdict, (), None, _with_sparks(run, assessment), assessment.unmeasured)
+        ],
+        facts=_facts([assessment.name], [run]),
+        limits=[],
         timeline=draw_timeline([trace]),
-        partings=(),
-        first_loss_difference=None,
-        findings=assessment.findings,
-        sparks=[draw_spark(run, finding) for finding in assessment.findings],
-        unmeasured=assessment.unmeasured,
         heatmap=draw_heatmap([trace]),
-        modules_title="Modules in execution order",
-        modules_head=("module", "median", "largest", "non-finite steps", "state"),
-        modules=[_module_row(row) for row in assessment.modules[:MODULE_ROWS]],
-        modules_left_out=max(0, len(assessment.modules) - MODULE_ROWS),
+        modules=[ModuleTable("Modules in execution order", head, rows, len(assessment.modules) - len(rows))],
         why=why,
         why_gaps=gaps,
         criteria=[(criterion,) for criterion in assessment.criteria],
         measures=_groups(measures),
-        settings=settings,
+        settings=_setting_tables([run]),
         reproduce=[_reproduce(run, assessment.name)],
     )
 
@@ -225,26 +281,27 @@ def _why(traces: Sequence[Trace]) -> tuple[list[Plot], list[str]]:
     return plots, gaps
 
 
-def _facts(runs: Sequence[tuple[RunAssessment, Run]]) -> list[tuple[str, str]]:
+def _facts(names: Sequence[str], runs: Sequence[Run]) -> list[tuple[str, str]]:
     """Provenance that the first screen states, one text where the runs agree."""
     facts: list[tuple[str, str]] = []
     for key in _FACTS:
-        values = [(assessment.name, _fact(run, key)) for assessment, run in runs]
+        values = [(name, _fact(run, key)) for name, run in zip(names, runs, strict=True)]
         told = dict.fromkeys(value for _, value in values if value)
         if len(told) == 1:
             facts.append((_words(key), next(iter(told))))
-        elif told:
+        else:
             facts += [(f"{_words(key)}, {name}", value) for name, value in values if value]
-    for assessment, run in runs:
-        epochs = "" if run.status == "completed" else f", {run.status}"
-        facts.append((assessment.name, f"{len(run.steps)} steps{epochs}"))
+    for name, run in zip(names, runs, strict=True):
+        facts.append((name, f"{len(run.steps)} steps" + ("" if run.status == "completed" else f", {run.status}")))
     return facts
 
 
 def _fact(run: Run, key: str) -> str:
+    """A provenance entry in a few words; of a structured one its kind, its folder and how many scenes."""
     value: Any = run.provenance.get(key)
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {text}" for name, text in flatten(value).items())
+    if isinstance(value, Mapping):
+        scenes = f"{value['scenes']} scenes" if "scenes" in value else ""
+        return ", ".join(str(part) for part in (value.get("kind"), value.get("folder"), scenes) if part)
     return "" if value is None else str(value)
 
 
@@ -277,10 +334,6 @@ def _measure_title(key: str) -> str:
     member = member_of(key)
     title = definition_of(key).title
     return title if member in ("", "*") else f"{title}, {member}"
-
-
-def _text_of(key: str) -> str:
-    return definition_of(key).text
 
 
 def _groups(rows: Iterable[tuple[str, MeasureRow]]) -> list[MeasureGroup]:

@@ -120,10 +120,10 @@ def test_every_measure_has_a_definition(make_run: RunMaker) -> None:
 def test_measures_survive_strict_json(make_run: RunMaker) -> None:
     run = make_run(
         {"train/grad_norm": [5.0] * 20 + [45.0, NAN], "loss/instance/raw": [1.0] * 21 + [NAN]},
-        events=[Event(21, "incident", "", {"scenes": ["room 7"]})],
+        events=[Event(21, "incident", "", {"scenes": ["room 7", "room 8"], "scene_notes": [[], ["no depth reading"]]})],
     )
     measures = measure(run)
-    assert measures.origins[1].scenes == ("room 7",)
+    assert measures.origins[1].scenes == ("room 7", "room 8 [no depth reading]")
     assert measures_from_dict(json.loads(json.dumps(measures_to_dict(measures), allow_nan=False))) == measures
 
 

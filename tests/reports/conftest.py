@@ -154,7 +154,7 @@ def write_run(
             counts[:, 3] += 3000
             writer.append_histogram("gate/alpha", at, counts, edges)
         for share, stage in ((0, "S0"), (1 / 11, "S1"), (8 / 11, "S2")):
-            writer.event(int(share * steps), "stage", f"stage {stage} begins", stage=stage)
+            writer.event(int(share * steps), "stage", f"stage {stage} begins", name=stage)
         for step in (*nan_steps, *nan_loss_steps):
             writer.event(step, "incident", "non-finite step", scenes=[f"synthetic-{step:06d}(seed 0)"])
         writer.finish("completed", measures={})

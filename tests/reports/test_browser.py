@@ -31,7 +31,7 @@ def browser() -> Iterator[Any]:
 def pages(tmp_path_factory: pytest.TempPathFactory, baseline: Run, candidate: Run) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     texts = {
-        "comparison": render_comparison(compare_runs(baseline, candidate), baseline, candidate),
+        "comparison": render_comparison([compare_runs(baseline, candidate)], baseline, [candidate]),
         "run": render_run(assess_run(candidate), candidate),
     }
     for name, text in texts.items():
@@ -97,7 +97,7 @@ def test_modules_can_be_searched(browser: Any, pages: dict[str, Path]) -> None:
     page.goto(pages["run"].as_uri())
     page.fill("input[type=search]", "GATE")
     rows = page.evaluate(
-        "[...document.querySelectorAll('#modules tbody tr')].filter(r => !r.hidden).map(r => r.innerText)"
+        "[...document.querySelectorAll('#modules0 tbody tr')].filter(r => !r.hidden).map(r => r.innerText)"
     )
     context.close()
     assert len(rows) == 1

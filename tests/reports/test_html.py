@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,14 +13,14 @@ import pytest
 from bifusion_diag.diagnosis import assess_run, compare_runs
 from bifusion_diag.errors import UserError
 from bifusion_diag.record.schema import Event, Run
-from bifusion_diag.reports import render_comparison, render_run, report_data, write_report
+from bifusion_diag.reports import render_comparison, render_run, write_comparison, write_run
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
 
 
 @pytest.fixture(scope="module")
 def page(baseline: Run, candidate: Run) -> str:
-    return render_comparison(compare_runs(baseline, candidate), baseline, candidate)
+    return render_comparison([compare_runs(baseline, candidate)], baseline, [candidate])
 
 
 def hostile(run: Run) -> Run:
@@ -43,7 +44,7 @@ def hostile(run: Run) -> Run:
     for kind in ("state", "param_norm"):
         name = f"grads/{term}/{kind}"
         series[name] = dataclasses.replace(series[f"grads/pool/{kind}"], name=name)
-    events = [*run.events, Event(50, "stage", HOSTILE, {"stage": HOSTILE}), Event(141, "x", "", {"scenes": [HOSTILE]})]
+    events = [*run.events, Event(50, "stage", HOSTILE, {"name": HOSTILE}), Event(141, "x", "", {"scenes": [HOSTILE]})]
     return dataclasses.replace(
         run, header=header, all_series=series, events=events, measures={}, status="failed", error=HOSTILE
     )
@@ -77,8 +78,8 @@ def test_it_is_self_contained_and_small(page: str) -> None:
 def test_hostile_text_stays_text(baseline: Run, candidate: Run) -> None:
     bad = hostile(candidate)
     for html in (
-        render_comparison(compare_runs(baseline, bad), baseline, bad),
-        render_comparison(compare_runs(bad, baseline), bad, baseline),
+        render_comparison([compare_runs(baseline, bad)], baseline, [bad]),
+        render_comparison([compare_runs(bad, baseline)], bad, [baseline]),
         render_run(assess_run(bad), bad),
     ):
         assert "<script>alert" not in html
@@ -107,26 +108,46 @@ def test_a_run_without_probes_has_a_page(writer: Callable[..., Run], baseline: R
 def test_many_series_render_in_time(writer: Callable[..., Run], tmp_path: Path, baseline: Run) -> None:
     run = writer(tmp_path / "big.json", name="big", preset="big", extra_modules=320)
     assert len(run.all_series) > 1000
-    html = render_comparison(compare_runs(baseline, run), baseline, run)
+    html = render_comparison([compare_runs(baseline, run)], baseline, [run])
     assert len(html.encode()) < 3_000_000
 
 
-def test_page_and_data_lie_side_by_side(tmp_path: Path, baseline: Run) -> None:
+def test_several_candidates_share_a_page(baseline: Run, candidate: Run) -> None:
+    comparisons = [compare_runs(baseline, baseline), compare_runs(baseline, candidate)]
+    html = render_comparison(comparisons, baseline, [baseline, candidate])
+    assert html.count("<h1>") == 2
+    ids = re.findall(r'\bid="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+    assert "ratio, bifusion-fragile" in html
+
+
+def test_page_and_data_lie_side_by_side(tmp_path: Path, baseline: Run, candidate: Run) -> None:
+    comparison = compare_runs(baseline, candidate)
+    written = write_comparison([comparison], baseline, [candidate], html=tmp_path / "new" / "a.html")
+    assert written == [tmp_path / "new" / "a.html", tmp_path / "new" / "a.html.json"]
+    assert comparison.verdict.sentence in written[0].read_text(encoding="utf-8")
+    stored = json.loads(written[1].read_text(encoding="utf-8"))
+    assert stored["kind"] == "bifusion-diag comparison"
+    assert stored["comparisons"][0]["verdict"]["sentence"] == comparison.verdict.sentence
+    assert sorted((tmp_path / "new").iterdir()) == written
+
+
+def test_only_what_was_asked_for_is_written(tmp_path: Path, baseline: Run) -> None:
     assessment = assess_run(baseline)
-    data = write_report(tmp_path / "new" / "report.html", "<p>page</p>", report_data(assessment))
-    assert (tmp_path / "new" / "report.html").read_text(encoding="utf-8") == "<p>page</p>"
-    stored = json.loads(data.read_text(encoding="utf-8"))
-    assert stored["kind"] == "bifusion-diag assessment"
-    assert stored["verdict"]["sentence"] == assessment.verdict.sentence
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["report.html", "report.json"]
+    assert write_run(assessment, baseline) == []
+    assert write_run(assessment, baseline, json=tmp_path / "a.json") == [tmp_path / "a.json"]
+    stored = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+    assert stored["verdict"]["state"] == "stable"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_an_unwritable_place_is_the_user_s_error(tmp_path: Path) -> None:
+def test_an_unwritable_place_is_the_user_s_error(tmp_path: Path, baseline: Run) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     (tmp_path / "folder.html").mkdir()
-    with pytest.raises(UserError, match=r"report.*cannot be written"):
-        write_report(tmp_path / "file" / "report.html", "", {})
+    assessment = assess_run(baseline)
+    with pytest.raises(UserError, match=r"cannot be written"):
+        write_run(assessment, baseline, html=tmp_path / "file" / "report.html")
     with pytest.raises(UserError, match="it is a folder"):
-        write_report(tmp_path / "folder.html", "", {})
-    with pytest.raises(UserError, match=r"does not end in \.json"):
-        write_report(tmp_path / "report.json", "", {})
+        write_run(assessment, baseline, html=tmp_path / "folder.html")
+    with pytest.raises(UserError, match="two different files"):
+        write_run(assessment, baseline, html=tmp_path / "a", json=tmp_path / "a")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
@@ -29,7 +31,7 @@ from bifusion_diag.reports.svg import (
 
 PLACES = {"tokens": "CLIP tokens", "head": "after the projection head", "points": "sampled at the points"}
 STACK = (  # from the bottom: series, label, colour
-    ("valid", "valid", CATEGORY[1]),
+    ("visible", "visible", CATEGORY[1]),
     ("occluded", "occluded", CATEGORY[4]),
     ("outside", "outside the image", CATEGORY[3]),
     ("behind", "behind the camera", CATEGORY[7]),
@@ -111,8 +113,13 @@ def draw_projection(trace: Trace, name: str) -> Plot | None:
     if valid is None or not len(valid.steps):
         return None
     edges = _bins(valid.steps, BINS)
-    counts = {key: _binned(run, key, edges, len(valid.steps)) for key in ("valid", "occluded", "outside", "behind")}
-    counts["bad"] = _binned(run, "nan", edges, len(valid.steps)) + _binned(run, "inf", edges, len(valid.steps))
+    counts = {
+        key: _binned(run, key, edges, len(valid.steps)) for key in ("occluded", "outside", "behind", "nan", "inf")
+    }
+    counts["bad"] = counts["nan"] + counts["inf"]
+    unseen = counts["occluded"] + counts["outside"] + counts["behind"] + counts["bad"]
+    pairs = _binned(run, "points", edges, len(valid.steps)) * views_of(run)
+    counts["visible"] = np.maximum(pairs - unseen, 0)
     table = np.stack([counts[key] for key, _, _ in STACK])
     total = table.sum(axis=0)
     share = np.divide(table, total, out=np.zeros_like(table), where=total > 0)
@@ -136,12 +143,19 @@ def draw_projection(trace: Trace, name: str) -> Plot | None:
         alt = f"Projection of {trace.label}: mean valid share {text(mean)}, {text(bad, whole=True)} non-finite values."
         return Plot(
             name,
-            f"What became of the projected points, {trace.label}",
+            f"What became of the points in each view, {trace.label}",
             f"Mean over time bins, {len(edges)} at most. {text(bad, whole=True)} projections are NaN or infinite.",
             alt,
             render(figure, name, alt),
             time_axis(axes),
         )
+
+
+def views_of(run: Run) -> int:
+    """Images a scene, from the settings; 1 where they don't tell."""
+    data = run.settings.get("data")
+    views = data.get("views") if isinstance(data, Mapping) else None
+    return views if isinstance(views, int) else 1
 
 
 def _binned(run: Run, key: str, edges: NDArray[np.int64], length: int) -> NDArray[np.float64]:

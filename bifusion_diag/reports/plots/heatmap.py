@@ -157,7 +157,8 @@ def _draw_panel(axes: Axes, grid: Grid, scale: LogNorm, first: int, last: int) -
     shown = (grid.state == FINITE) & np.isfinite(grid.norm) & (grid.norm > 0)
     colours[..., 3] = shown
     extent = (first, last + 1, rows, 0)
-    axes.imshow(colours, extent=extent, aspect="auto", interpolation="none", origin="upper")
+    cells = axes.imshow(colours, extent=extent, aspect="auto", interpolation="none", origin="upper")
+    cells.set_gid(f"cells{len(axes.figure.axes)}")  # two runs with the same picture still have ids of their own
     width = (last + 1 - first) / columns
     looks = {NONFINITE: ("/////", NON_FINITE), NO_GRADIENT: ("....", QUIET), ZERO: ("xxxx", QUIET)}
     for code, (hatch, colour) in looks.items():

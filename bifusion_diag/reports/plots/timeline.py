@@ -123,7 +123,7 @@ def _draw_stages(panels: Sequence[Axes], run: Run, last: int) -> None:
         for axes in panels:
             if index % 2:
                 axes.axvspan(event.step, stop, color=BAND, zorder=0, linewidth=0)
-        name = str(event.data.get("stage") or event.message)
+        name = str(event.data.get("name") or event.message)
         panels[0].annotate(
             name[:24], (event.step, 1), xycoords=("data", "axes fraction"), xytext=(3, -3), textcoords="offset points",
             va="top", color=QUIET, fontsize=8,
