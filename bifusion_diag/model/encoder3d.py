@@ -25,7 +25,8 @@ class Encoder3D(nn.Module):
 
     def forward(self, batch: Batch) -> EncoderOutput:
         """Encode the augmented points of every scene."""
-        features = self.backbone(batch.coords, batch.color, batch.scene_index)
+        voxels = self.backbone.voxelize(batch.coords, batch.color, batch.scene_index)
+        features = voxels.slice(self.backbone(voxels.tensor))
         return EncoderOutput(fused=features, f3d=features)
 
     def provenance(self) -> dict[str, str]:

@@ -13,7 +13,7 @@ from bifusion_diag.model.clip import ClipVisual
 from bifusion_diag.model.film import FiLM
 from bifusion_diag.model.gate import LiteFusionGate
 from bifusion_diag.model.geometry_encoding import SIGNALS, GeometricEncoding, camera_rotation
-from bifusion_diag.model.heads import L2Normalize, PointHead, ProjectionHead
+from bifusion_diag.model.heads import L2Normalize, ProjectionHead, VoxelHead
 from bifusion_diag.model.outputs import ClipTokens, EncoderOutput, Projection
 from bifusion_diag.model.projection import PointProjection, PointSampling
 from bifusion_diag.model.sparse import Engine
@@ -54,7 +54,7 @@ class BiFusionEncoder(nn.Module):
         self.sampling = PointSampling()
         self.normalize2d = L2Normalize(dim=1)
         self.backbone = Res16UNet(settings.backbone, in_channels=3, engine=engine)
-        self.head3d = PointHead(self.backbone.out_channels, width)
+        self.head3d = VoxelHead(self.backbone.out_channels, width)
         self.normalize3d = L2Normalize(dim=1)
         self.geometry = GeometricEncoding()
         self.film = FiLM(SIGNALS, settings.film_hidden, width)
@@ -68,7 +68,8 @@ class BiFusionEncoder(nn.Module):
             batch.xyz, batch.point_counts, batch.depth, batch.intrinsics, batch.pose
         )
         f2d = self._point_features(clip.tokens, projection, batch)
-        f3d = self.normalize3d(self.head3d(self.backbone(batch.coords, batch.color, batch.scene_index)))
+        voxels = self.backbone.voxelize(batch.coords, batch.color, batch.scene_index)
+        f3d = self.normalize3d(voxels.slice(self.head3d(self.backbone(voxels.tensor))))
 
         encoding = self.geometry(
             batch.xyz,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bifusion_diag.model.sparse.modules import RowNorm
+from bifusion_diag.model.sparse import BatchNorm, Conv3d, ReLU
 
 
 class ProjectionHead(nn.Module):
@@ -44,23 +44,14 @@ class ProjectionHead(nn.Module):
         return projected
 
 
-class PointHead(nn.Module):
-    """1×1 convolution without bias → BatchNorm → ReLU on the points' features of the 3D backbone.
-
-    A 1×1 sparse convolution mixes the channels of each voxel alone, and all points of a voxel share its features: on
-    the points it gives the same values. Only the batch statistics differ: a voxel counts once for each of its points.
-    """
+class VoxelHead(nn.Sequential):
+    """1×1 sparse convolution → BatchNorm → ReLU on the voxels of the 3D backbone: (M, in_width) → (M, out_width)."""
 
     def __init__(self, in_width: int, out_width: int) -> None:
         super().__init__()
-        self.conv = nn.Linear(in_width, out_width, bias=False)
-        self.norm = RowNorm(out_width)
-        self.act = nn.ReLU()
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(N, in_width) → (N, out_width)."""
-        activated: Tensor = self.act(self.norm(self.conv(features)))
-        return activated
+        self.conv = Conv3d(in_width, out_width, 1)
+        self.norm = BatchNorm(out_width)
+        self.relu = ReLU()
 
 
 class L2Normalize(nn.Module):

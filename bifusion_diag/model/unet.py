@@ -15,6 +15,7 @@ from bifusion_diag.model.sparse import (
     Engine,
     ReLU,
     SparseTensor,
+    Voxels,
     concatenate,
     voxelize,
 )
@@ -65,11 +66,11 @@ def _blocks(in_channels: int, channels: int, count: int, momentum: float) -> nn.
 
 
 class Res16UNet(nn.Module):
-    """Point features from points: voxelise, four scales down, four up, back to the points.
+    """Features of voxels: four scales down, four up.
 
     Args:
         settings: widths, depths, first kernel, voxel size.
-        in_channels: channels of the point features.
+        in_channels: channels of the voxels' features.
         engine: who convolves.
     """
 
@@ -96,8 +97,8 @@ class Res16UNet(nn.Module):
             width = channels
         self.relu = ReLU()
 
-    def forward(self, coords: Tensor, feats: Tensor, scene_index: Tensor) -> Tensor:
-        """Features of every point.
+    def voxelize(self, coords: Tensor, feats: Tensor, scene_index: Tensor) -> Voxels:
+        """Put points into this network's voxels.
 
         Args:
             coords: (N, 3) [m].
@@ -105,16 +106,15 @@ class Res16UNet(nn.Module):
             scene_index: (N,) int64, 0..B-1.
 
         Returns:
-            (N, out_channels): the features of each point's voxel.
+            Voxels whose ``tensor`` goes in here, and whose ``slice`` takes what comes out back to the points.
 
         Raises:
             UserError: no points, or coordinates that cannot be voxelised.
         """
-        voxels = voxelize(coords, feats, scene_index, self.voxel_size, self.engine)
-        return voxels.slice(self.voxel_features(voxels.tensor))
+        return voxelize(coords, feats, scene_index, self.voxel_size, self.engine)
 
-    def voxel_features(self, x: SparseTensor) -> SparseTensor:
-        """The U-Net proper: features (M, in_channels) -> (M, out_channels) on the same voxels."""
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        """Features of the voxels: (M, in_channels) -> (M, out_channels) on the same voxels."""
         x = self.relu(self.bn0(self.conv0p1s1(x)))
         skips = []
         for conv, norm, block in DOWN:

@@ -56,7 +56,8 @@ def test_baseline_hands_on_the_unets_features(batch_of_two: Callable[..., Batch]
     batch = batch_of_two()
     out = encoder.eval()(batch)
     assert encoder.out_channels == 6
-    assert torch.equal(out.fused, encoder.backbone(batch.coords, batch.color, batch.scene_index))
+    voxels = encoder.backbone.voxelize(batch.coords, batch.color, batch.scene_index)
+    assert torch.equal(out.fused, voxels.slice(encoder.backbone(voxels.tensor)))
     assert torch.equal(out.fused, out.f3d)
     assert out[2:] == (None,) * 4
 

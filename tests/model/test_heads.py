@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from bifusion_diag.model.heads import L2Normalize, PointHead, ProjectionHead
+from bifusion_diag.model.heads import L2Normalize, ProjectionHead, VoxelHead
+from bifusion_diag.model.sparse import make_engine, sparse_tensor
 
 
 def test_projection_head_is_the_documents_chain() -> None:
@@ -40,13 +41,14 @@ def test_projection_head_options() -> None:
     assert head(torch.randn(3, 16)).shape == (3, 4)
 
 
-def test_point_head_is_a_pointwise_convolution_with_batchnorm_and_relu() -> None:
-    head = PointHead(6, 5)
+def test_voxel_head_is_a_1x1_convolution_with_batchnorm_and_relu() -> None:
+    head = VoxelHead(6, 5)
     rows = torch.randn(40, 6)
-    found = head(rows)
-    mixed = rows @ head.conv.weight.T
-    want = ((mixed - mixed.mean(0)) / (mixed.var(0, unbiased=False) + head.norm.eps).sqrt()).relu()
-    torch.testing.assert_close(found, want)
+    cells = torch.cat([torch.zeros(40, 1), torch.arange(40)[:, None].repeat(1, 3)], 1).int()
+    x = sparse_tensor(cells, rows, make_engine("native"))
+    mixed = x.feats @ head.conv.kernel
+    want = ((mixed - mixed.mean(0)) / (mixed.var(0, unbiased=False) + 1e-5).sqrt()).relu()
+    torch.testing.assert_close(head(x).feats, want)
 
 
 @pytest.mark.parametrize("dim", [0, 1])
