@@ -30,7 +30,7 @@ from bifusion_diag.reports.plots import (
 from bifusion_diag.reports.sparkline import Spark, draw_spark
 from bifusion_diag.reports.svg import Plot
 
-MODULE_ROWS = 200  # of the table of modules; the JSON has them all
+MODULE_ROWS = 500  # of the table of modules; the JSON has them all
 MORE_COLOURS = (ACCENT, CATEGORY[2], CATEGORY[1], CATEGORY[6], CATEGORY[5])  # of the candidates
 _FACTS = ("data", "labels", "clip_weights")
 

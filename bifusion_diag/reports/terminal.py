@@ -54,7 +54,7 @@ def print_comparison(console: Console, comparison: RunComparison) -> None:
             row = _value(pair.baseline), _value(pair.candidate), Text(ratio_text(pair.ratio))
             table.add_row(Text(_title(key)), *row)
     for mine, theirs in zip(left.criteria, right.criteria, strict=True):
-        table.add_row(Text(f"{mine.title}: {mine.threshold}"), _result(mine), _result(theirs), "")
+        table.add_row(Text(_criterion(console, mine)), _result(mine), _result(theirs), "")
     console.print(table)
     _print_findings(console, right.findings)
     for limit in comparison.limits:
@@ -72,7 +72,7 @@ def print_run(console: Console, assessment: RunAssessment) -> None:
         if isinstance(reading, Quantity):
             table.add_row(Text(_title(key)), _value(reading))
     for criterion in assessment.criteria:
-        table.add_row(Text(f"{criterion.title}: {criterion.threshold}"), _result(criterion))
+        table.add_row(Text(_criterion(console, criterion)), _result(criterion))
     console.print(table)
     _print_findings(console, assessment.findings)
 
@@ -90,6 +90,11 @@ def _print_findings(console: Console, findings: Sequence[Finding]) -> None:
         console.print(f"[bold]{finding.severity}[/bold] {escape(finding.title)} [dim]({finding.rule})[/dim]")
     if len(findings) > _FINDINGS:
         console.print(Text(f"and {len(findings) - _FINDINGS} more findings", style="dim"))
+
+
+def _criterion(console: Console, criterion: Criterion) -> str:
+    """The title, with the threshold where the terminal has room for it."""
+    return f"{criterion.title}: {criterion.threshold}" if console.width >= 100 else criterion.title
 
 
 def _any_measured(pair: MeasurePair) -> bool:

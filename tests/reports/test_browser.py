@@ -95,6 +95,7 @@ def test_modules_can_be_searched(browser: Any, pages: dict[str, Path]) -> None:
     context = browser.new_context()
     page = context.new_page()
     page.goto(pages["run"].as_uri())
+    page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
     page.fill("input[type=search]", "GATE")
     rows = page.evaluate(
         "[...document.querySelectorAll('#modules0 tbody tr')].filter(r => !r.hidden).map(r => r.innerText)"

@@ -22,7 +22,16 @@ from bifusion_diag.reports.plots import (
     draw_terms,
     draw_timeline,
 )
-from bifusion_diag.reports.plots.heatmap import FINITE, FROZEN, NO_GRADIENT, NONFINITE, ZERO, group_rows, make_grid
+from bifusion_diag.reports.plots.heatmap import (
+    FINITE,
+    FROZEN,
+    NO_GRADIENT,
+    NONFINITE,
+    ZERO,
+    group_rows,
+    make_grid,
+    shared_rows,
+)
 from bifusion_diag.reports.svg import Plot
 
 
@@ -87,7 +96,7 @@ def test_a_dollar_in_a_name_is_a_dollar(traces: list[Trace]) -> None:
 
 
 def test_the_four_looks_come_from_the_states(candidate: Run) -> None:
-    grid = make_grid(candidate, 0, 599)
+    grid = make_grid(candidate, 0, 599, shared_rows([candidate]))
     row = {name: grid.state[place] for place, name in enumerate(grid.names)}
     assert set(row["encoder.clip"]) == {FROZEN}
     assert set(row["encoder.global_head"]) == {NO_GRADIENT}
@@ -100,7 +109,7 @@ def test_the_four_looks_come_from_the_states(candidate: Run) -> None:
 
 
 def test_the_cells_hold_the_largest_norm_of_their_steps(candidate: Run) -> None:
-    grid = make_grid(candidate, 0, 599)
+    grid = make_grid(candidate, 0, 599, shared_rows([candidate]))
     norm = candidate.all_series["grads/pool/param_norm"]
     column = 360 * grid.norm.shape[1] // 600
     inside = norm.steps * grid.norm.shape[1] // 600 == column
@@ -109,8 +118,12 @@ def test_the_cells_hold_the_largest_norm_of_their_steps(candidate: Run) -> None:
 
 def test_many_modules_are_grouped_by_their_names() -> None:
     modules = [f"encoder.block{block}.{layer}" for block in range(30) for layer in range(5)]
-    assert set(group_rows(modules).values()) == {f"encoder.block{block}" for block in range(30)}
-    assert group_rows(modules[:40]) == {module: module for module in modules[:40]}
+    rows = set(group_rows(modules).values())
+    assert {".".join(row.split(".")[:2]) for row in rows} == {f"encoder.block{block}" for block in range(30)}
+    assert 30 < len(rows) <= 44  # some of the blocks are opened
+    clip = [f"clip.block{block}.{layer}" for block in range(12) for layer in range(5)]
+    assert {row for row in group_rows([*modules, *clip], closed=clip).values() if row.startswith("clip")} == {"clip"}
+    assert group_rows(modules[:44]) == {module: module for module in modules[:44]}
 
 
 def test_what_was_not_recorded_is_not_drawn(traces: list[Trace]) -> None:

@@ -144,7 +144,7 @@ def draw_projection(trace: Trace, name: str) -> Plot | None:
         return Plot(
             name,
             f"What became of the points in each view, {trace.label}",
-            f"Mean over time bins, {len(edges)} at most. {text(bad, whole=True)} projections are NaN or infinite.",
+            f"Mean over {BINS} time bins at most. {text(bad, whole=True)} projections are NaN or infinite.",
             alt,
             render(figure, name, alt),
             time_axis(axes),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +25,7 @@ from bifusion_diag.reports.plots.timeline import Trace, span
 from bifusion_diag.reports.svg import RIGHT, Plot, drawing, log_axis, render, time_axis, time_limits, title
 
 COLUMNS = 240  # time bins: about 3 px each on a wide screen
-MAX_ROWS = 40  # more modules than this are shown by their common parents
+MAX_ROWS = 44  # more modules than this are shown by their common parents
 ROW = 0.155  # inches
 FROZEN, NO_GRADIENT, ZERO, FINITE, NONFINITE = range(len(STATES))
 
@@ -49,7 +50,8 @@ class Grid:
 def draw_heatmap(traces: Sequence[Trace]) -> Plot | None:
     """Draw the heat map; None where no run has gradients by module."""
     first, last = span(traces)
-    grids = [(trace, make_grid(trace.run, first, last)) for trace in traces]
+    row_of = shared_rows([trace.run for trace in traces])
+    grids = [(trace, make_grid(trace.run, first, last, row_of)) for trace in traces]
     grids = [(trace, grid) for trace, grid in grids if grid.names]
     if not grids:
         return None
@@ -82,10 +84,10 @@ def draw_heatmap(traces: Sequence[Trace]) -> Plot | None:
         )
 
 
-def make_grid(run: Run, first: int, last: int) -> Grid:
-    """Bin the gradients by module of a run."""
+def make_grid(run: Run, first: int, last: int, row_of: Mapping[str, str]) -> Grid:
+    """Bin the gradients by module of a run; `row_of` names every module's row."""
     modules = gradient_modules(run)
-    rows = group_rows(modules)
+    rows = {module: row_of[module] for module in modules}
     names = list(dict.fromkeys(rows.values()))
     parts = {module.name: module.part for module in run.modules}
     columns = min(COLUMNS, last - first + 1)
@@ -105,16 +107,39 @@ def make_grid(run: Run, first: int, last: int) -> Grid:
     return Grid(names, [parts.get(first_of[name], name.split(".")[0]) for name in names], norm_table, state)
 
 
-def group_rows(modules: Sequence[str], limit: int = MAX_ROWS) -> dict[str, str]:
-    """The row of every module: itself, or where there are more than `limit` the deepest parents that are few enough."""
+def shared_rows(runs: Sequence[Run]) -> dict[str, str]:
+    """The row of every module of all runs, so that their panels have the same ones."""
+    modules: dict[str, None] = {}
+    frozen: set[str] = set()
+    for run in runs:
+        names = gradient_modules(run)
+        modules |= dict.fromkeys(names)
+        frozen |= {name for name in names if run.all_series[f"grads/{name}/state"].stats.max == FROZEN}
+    return group_rows(list(modules), closed=frozen)
+
+
+def group_rows(modules: Sequence[str], limit: int = MAX_ROWS, closed: Collection[str] = ()) -> dict[str, str]:
+    """The row of every module: itself where all fit, else a parent that it shares with others.
+
+    Starting from the outermost parents, rows are opened level by level, the one with the most modules first, while at
+    most `limit` rows result. Modules in `closed` (frozen ones: they have nothing to show) open no row.
+    """
     if len(modules) <= limit:
         return {module: module for module in modules}
-    deepest = max(module.count(".") for module in modules)
-    for depth in range(deepest, 0, -1):
-        rows = {module: ".".join(module.split(".")[:depth]) for module in modules}
-        if len(set(rows.values())) <= limit:
+    rows = {module: module.split(".")[0] for module in modules}
+    stuck: set[str] = set()
+    while True:
+        sizes = Counter(row for module, row in rows.items() if row != module and module not in closed)
+        waiting = [row for row, _ in sizes.most_common() if row not in stuck]
+        if not waiting:
             return rows
-    return {module: module.split(".")[0] for module in modules}
+        row = min(waiting, key=lambda name: name.count("."))
+        depth = row.count(".") + 2
+        opened = {module: ".".join(module.split(".")[:depth]) for module, at in rows.items() if at == row}
+        if len(set((rows | opened).values())) <= limit:
+            rows |= opened
+        else:
+            stuck.add(row)
 
 
 def _bin(steps: NDArray[np.int64], first: int, last: int, columns: int) -> NDArray[np.int64]:
