@@ -23,5 +23,6 @@ def report(
     assessment = assess_run(record)
     console = Console()
     print_run(console, assessment)
-    for path in write_run(assessment, record, html=html or run.with_suffix(".html"), json=json):
+    page = html or run.with_name(f"{run.stem}.report.html")
+    for path in write_run(assessment, record, html=page, json=json):
         console.print(f"report: {path}", soft_wrap=True, highlight=False)

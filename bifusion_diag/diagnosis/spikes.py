@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -36,8 +37,14 @@ class Spikes(NamedTuple):
 class SpikeDetector:
     """The definition for a run that is going on; gives what :func:`find_spikes` gives on the whole series."""
 
-    def __init__(self) -> None:
-        self._previous: deque[float] = deque(maxlen=WINDOW)
+    def __init__(self, previous: Iterable[float] = ()) -> None:
+        """``previous``: what :attr:`previous` was when an interrupted run ended."""
+        self._previous: deque[float] = deque(previous, maxlen=WINDOW)
+
+    @property
+    def previous(self) -> list[float]:
+        """The norms that the next one is judged by."""
+        return list(self._previous)
 
     def update(self, norm: float) -> bool:
         """Judge the next step's pre-clip gradient norm, then remember it."""

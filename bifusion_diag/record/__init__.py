@@ -15,7 +15,7 @@ from bifusion_diag.record.schema import (
     SeriesStats,
 )
 from bifusion_diag.record.tensorboard import TensorBoardSink
-from bifusion_diag.record.writer import RunWriter
+from bifusion_diag.record.writer import RunWriter, check_output
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -30,6 +30,7 @@ __all__ = [
     "Series",
     "SeriesStats",
     "TensorBoardSink",
+    "check_output",
     "collect_environment",
     "load_run",
 ]

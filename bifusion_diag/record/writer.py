@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bifusion_diag.errors import UserError
+from bifusion_diag.files import write_text
 from bifusion_diag.record import codec
 from bifusion_diag.record.blocks import Block, BlockStream
 from bifusion_diag.record.document import KIND, event_to, header_to
@@ -42,7 +41,7 @@ class RunWriter:
     def __init__(
         self, path: Path | str, header: RunHeader, *, resume: bool = False, tensorboard: TensorBoardSink | None = None
     ) -> None:
-        self.path = Path(path)
+        self.path = check_output(path)
         self.folder = self.path.with_name(self.path.stem + ".record")
         self._tensorboard = tensorboard
         self._names: list[str] = []
@@ -70,8 +69,6 @@ class RunWriter:
         return dataclasses.replace(header, run_id=old.run_id, created=old.created, modules=modules)
 
     def _prepare(self, resume: bool) -> None:
-        if self.path.is_dir():
-            raise IsADirectoryError(None, "it is a folder; a file name such as run.json was expected")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not resume:
             if self.folder.exists():
@@ -96,7 +93,7 @@ class RunWriter:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         try:
             self.finish(status, error=None if status == "interrupted" else f"{type(error).__name__}: {error}")
-        except OSError as second:  # must not hide the first
+        except (OSError, UserError) as second:  # must not hide the first
             warnings.warn(f"{self.path}: the record could not be finished: {second}", RuntimeWarning, stacklevel=2)
 
     def append(
@@ -202,7 +199,7 @@ class RunWriter:
             self._tensorboard.close()
         self._save_state(status, error, measures or {})
         _, text = reduce_record(RecordReader(self.folder))
-        write_atomically(self.path, text)
+        write_text(self.path, text)
 
     def _save_state(self, status: str, error: str | None, measures: Mapping[str, Any]) -> None:
         document = {
@@ -213,25 +210,19 @@ class RunWriter:
             "measures": codec.encode(measures),
             "header": header_to(self.header),
         }
-        write_atomically(self.folder / HEADER_FILE, codec.dumps(document))
+        write_text(self.folder / HEADER_FILE, codec.dumps(document))
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+def check_output(path: Path | str) -> Path:
+    """The path of a run.json to be, checked before anything is computed for it.
 
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    Raises:
+        UserError: it is a folder, or an existing file stands where its folder should be.
+    """
+    target = Path(path)
+    if not target.name or target.is_dir():
+        raise UserError(f"{path}: a run cannot be recorded there, it is a folder. Give a file name such as run.json.")
+    above = next(parent for parent in target.parents if parent.exists())
+    if not above.is_dir():
+        raise UserError(f"{path}: a run cannot be recorded there, {above} is a file. Choose another output path.")
+    return target

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from json import dumps
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 from bifusion_diag.diagnosis.compare import RunAssessment, RunComparison
 from bifusion_diag.diagnosis.plain import to_plain
 from bifusion_diag.errors import UserError
+from bifusion_diag.files import write_text
 from bifusion_diag.record.schema import Run
 
 
@@ -62,6 +61,8 @@ def _write(
 ) -> list[Path]:
     if html is not None:
         page = Path(html)
+        if page.is_dir():
+            raise UserError(f"{page}: cannot be written (it is a folder; a file name was expected).")
         beside = Path(data_path) if data_path is not None else page.with_name(f"{page.name}.json")
         if beside == page:
             raise UserError(f"{page}: the page and its data need two different files.")
@@ -77,28 +78,3 @@ def _write(
 def write_json(path: Path | str, data: Mapping[str, Any]) -> None:
     """Write strict JSON, whole or not at all."""
     write_text(path, dumps(data, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
-
-
-def write_text(path: Path | str, text: str) -> None:
-    """Write a text file, whole or not at all.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    target = Path(path)
-    temporary = ""
-    try:
-        if target.is_dir():
-            raise IsADirectoryError(None, "it is a folder; a file name was expected")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp's own mode keeps others from reading
-        os.replace(temporary, target)
-    except OSError as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        raise UserError(
-            f"{target}: cannot be written ({error.strerror or error}). Choose another output path."
-        ) from error

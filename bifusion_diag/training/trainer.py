@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import shutil
 import time
 import uuid
 from collections.abc import Sequence
@@ -21,7 +22,16 @@ from bifusion_diag.errors import UserError
 from bifusion_diag.model.build import build_model
 from bifusion_diag.model.outputs import LossOutput
 from bifusion_diag.probes import Monitor, make_probes
-from bifusion_diag.record import RecordReader, Run, RunHeader, RunWriter, TensorBoardSink, collect_environment, load_run
+from bifusion_diag.record import (
+    RecordReader,
+    Run,
+    RunHeader,
+    RunWriter,
+    TensorBoardSink,
+    check_output,
+    collect_environment,
+    load_run,
+)
 from bifusion_diag.training.checkpoint import (
     Checkpoint,
     checkpoint_folder,
@@ -102,7 +112,7 @@ class Trainer:
         probes = list(dict.fromkeys([*ALWAYS, *probes]))
         instruments = make_probes(probes)
         self.settings = settings
-        self.out = out
+        self.out = check_output(out)
         self.console = console
         self.device = choose_device(training.device)
         seed_everything(training.seed)
@@ -116,6 +126,7 @@ class Trainer:
         if checkpoint is not None:
             restore_checkpoint(checkpoint, self.model, self.optimizer)
             self.first_step = checkpoint.step
+            self.spikes = SpikeDetector(checkpoint.info["grad_norms"])
         header = RunHeader(
             run_id=uuid.uuid4().hex,
             name=out.stem,
@@ -138,6 +149,8 @@ class Trainer:
         self.info = {"settings": header.settings, "probes": probes, "command": list(command)}
         tensorboard = TensorBoardSink(out.with_name(f"{out.stem}.tensorboard"))
         self.writer = RunWriter(out, header, resume=checkpoint is not None, tensorboard=tensorboard)
+        if checkpoint is None:
+            shutil.rmtree(checkpoint_folder(out), ignore_errors=True)  # of an earlier run of this name
         self.monitor = Monitor(self.model, instruments, self.writer)
 
     def run(self) -> Run:
@@ -212,4 +225,5 @@ class Trainer:
 
     def _save(self, done: int) -> None:
         self.monitor.flush()
-        save_checkpoint(checkpoint_folder(self.out), done, self.model, self.optimizer, self.info)
+        info = {**self.info, "grad_norms": self.spikes.previous}
+        save_checkpoint(checkpoint_folder(self.out), done, self.model, self.optimizer, info)

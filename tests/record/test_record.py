@@ -380,7 +380,7 @@ def test_a_record_that_cannot_be_finished_does_not_hide_the_error(
         raise OSError(28, "No space left on device")
 
     writer = RunWriter(tmp_path / "run.json", header())
-    monkeypatch.setattr("bifusion_diag.record.writer.write_atomically", full)
+    monkeypatch.setattr("bifusion_diag.record.writer.write_text", full)
     expected = pytest.warns(RuntimeWarning, match=r"could not be finished.*No space")
     with expected, pytest.raises(ZeroDivisionError), writer:
         raise ZeroDivisionError

@@ -1,0 +1,168 @@
+"""The command line as a user meets it: exit codes, messages, files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from bifusion_diag.cli.app import app, main
+from bifusion_diag.record import load_run
+
+SMALL = [
+    "--scale", "small", "--steps", "3", "--batch-size", "1", "--set", "data.scenes=2", "--set", "data.max_points=500",
+    "--set", "data.image_height=48", "--set", "data.image_width=64", "--set", "data.superpoint_size=0.5",
+]  # fmt: skip
+
+
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+    """Run ``bifusion-diag`` in this process; its exit code and everything it printed."""
+    monkeypatch.setattr(sys, "argv", ["bifusion-diag", *map(str, arguments)])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as ended:
+        main()
+    captured = capsys.readouterr()
+    return int(ended.value.code or 0), captured.out + captured.err
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A baseline and a candidate, trained through the command line."""
+    folder = tmp_path_factory.mktemp("runs")
+    paths = []
+    for preset in ("baseline-5cm", "bifusion"):
+        path = folder / f"{preset}.json"
+        result = CliRunner().invoke(app, ["train", "--model", preset, "--probe", "all", *SMALL, "--out", str(path)])
+        assert result.exit_code == 0, result.output
+        paths.append(path)
+    return paths[0], paths[1]
+
+
+def test_train_says_what_it_wrote_and_the_record_says_how(records: tuple[Path, Path]) -> None:
+    run = load_run(records[1])
+    assert (run.status, len(run.steps), run.header.preset) == ("completed", 3, "bifusion")
+    assert list(records[1].with_suffix(".tensorboard").glob("events*"))
+
+
+def test_compare_writes_report_and_data_and_prints_a_verdict(
+    records: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, text = command(monkeypatch, capsys, "compare", *records, "--html", "out/report.html", "--json", "out.json")
+    assert code == 0, text
+    assert "report.html" in text
+    assert "not enough data" in text  # three steps are no ground for a verdict
+    assert "<html" in Path("out/report.html").read_text()
+    assert json.loads(Path("out.json").read_text())
+
+
+def test_report_of_one_run_lands_beside_it_and_leaves_the_record_alone(
+    records: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = records[0].read_bytes()
+    code, text = command(monkeypatch, capsys, "report", records[0])
+    assert code == 0, text
+    assert records[0].with_name("baseline-5cm.report.html").is_file()
+    assert records[0].read_bytes() == before
+
+
+def test_presets_are_listed_and_one_can_be_printed_as_a_config(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, text = command(monkeypatch, capsys, "presets")
+    assert (code, "bifusion-fragile" in text) == (0, True)
+    code, text = command(monkeypatch, capsys, "presets", "baseline")
+    assert (code, "voxel_size: 0.02" in text) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "bifusoin"], "unknown preset 'bifusoin'. Did you mean 'bifusion'"),
+        (["--probe", "grad"], "unknown probe 'grad'. Did you mean 'grads'"),
+        (["--set", "optim.lrr=1"], "unknown key 'optim.lrr'. Did you mean 'optim.lr'"),
+        (["--data", "no/such/folder"], "no such folder"),
+        (["--steps", "0"], "training.steps: Input should be greater than or equal to 1"),
+        (["--clip-weights", "lion2b"], "lion2b"),
+        (["--resume"], "give nothing else but --out"),
+    ],
+)
+def test_bad_input_to_train_exits_2_with_the_cure_and_writes_nothing(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [*SMALL, *arguments] if "--steps" not in arguments else arguments
+    code, text = command(monkeypatch, capsys, "train", *given, "--out", "run.json")
+    assert code == 2
+    assert message in text
+    assert "Traceback" not in text
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_an_output_that_cannot_be_written_exits_2_before_training(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("file").write_text("in the way")
+    code, text = command(monkeypatch, capsys, "train", *SMALL, "--out", "file/run.json")
+    assert (code, "cannot be recorded there" in text) == (2, True)
+    code, text = command(monkeypatch, capsys, "train", *SMALL, "--out", ".")
+    assert (code, "Traceback" in text) == (2, False)
+
+
+def test_records_that_cannot_be_read_exit_2(
+    records: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = records[0].read_text()
+    newer = json.loads(whole) | {"schema_version": "9.0"}
+    for name, content, message in (
+        ("cut.json", whole[: len(whole) // 2], "cut.json"),
+        ("newer.json", json.dumps(newer), "9.0"),
+        ("other.json", '{"a": 1}', "other.json"),
+    ):
+        Path(name).write_text(content)
+        code, text = command(monkeypatch, capsys, "compare", records[0], name)
+        assert (code, message in text, "Traceback" in text) == (2, True, False), text
+    code, text = command(monkeypatch, capsys, "report", "missing.json")
+    assert (code, "missing.json" in text) == (2, True)
+    code, text = command(monkeypatch, capsys, "compare", *records, "--html", ".")
+    assert (code, "cannot be written" in text) == (2, True)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["compare", "--help"], ["presets"]])
+def test_what_needs_no_torch_does_not_import_it(arguments: list[str]) -> None:
+    code = (
+        "import sys; from bifusion_diag.cli.app import app; app(sys.argv[1:], standalone_mode=False);"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'matplotlib', 'open_clip')))"
+    )
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_compare_imports_no_torch(records: tuple[Path, Path]) -> None:
+    code = (
+        "import sys; from bifusion_diag.cli.app import app; app(sys.argv[1:], standalone_mode=False);"
+        "sys.exit('torch' in sys.modules)"
+    )
+    arguments = ["compare", *map(str, records), "--html", "report.html"]
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.slow
+def test_the_main_job_on_real_frames(
+    real_frames: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Small models here; ``benchmarks/real_frames.py`` runs the full ones."""
+    for preset in ("baseline-5cm", "bifusion"):
+        arguments = ["--model", preset, "--scale", "small", "--data", real_frames, "--steps", 4, "--batch-size", 1]
+        code, text = command(monkeypatch, capsys, "train", *arguments, "--probe", "all", "--out", f"{preset}.json")
+        assert code == 0, text
+    run = load_run(Path("bifusion.json"))
+    assert run.provenance["labels"] == "geometric pseudo-labels (no ground truth)"
+    valid = run.series("projection/valid_share")
+    assert valid is not None
+    assert valid.value.min() > 0.95  # single views: nearly every point is seen by its own frame
+    code, text = command(monkeypatch, capsys, "compare", "baseline-5cm.json", "bifusion.json", "--html", "report.html")
+    assert (code, "pseudo-labels" in Path("report.html").read_text()) == (0, True), text
