@@ -193,6 +193,9 @@ class TrainingSettings(Strict):
     batch_size: Positive = Field(4, description="scenes a step; the documents use 8, which needs about 8 GiB")
     seed: int = Field(0, ge=0)
     device: str = Field("auto", description="'auto', 'cpu', 'cuda', 'cuda:1', ...")
+    threads: int = Field(
+        0, ge=0, description="CPU threads of torch; 0 = torch's own choice. Small models run best on 1"
+    )
     stages: bool = Field(True, description="freeze and unfreeze parts as document 003 says (S0, S1, S2)")
     reference_steps: Positive = Field(
         33_000, description="the documents' run length; their counts are scaled by steps/this"

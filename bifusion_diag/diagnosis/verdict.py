@@ -65,8 +65,10 @@ def judge_pair(
     """The verdict on a candidate against a baseline over the steps (K,) that both have.
 
     *Unstable*: the candidate did not recover (its last 10 steps or at least half of all are non-finite), or it is
-    unstable by itself and the baseline is no better. *Less stable*: it has non-finite steps and the baseline has none,
-    or more bad steps than chance explains (Fisher's exact test, one-sided, p < 0.05). Otherwise its own state holds.
+    unstable by itself and the baseline has as many bad steps. *Less stable*: it has non-finite steps and the baseline
+    has none, or it is unstable by itself with more bad steps than the baseline, or it has more of them than chance
+    explains (Fisher's exact test, one-sided, p < 0.05). Where chance may explain them, the detail says so.
+    Otherwise its own state holds.
 
     Args:
         names: of baseline and candidate.
@@ -80,11 +82,12 @@ def judge_pair(
     bad, bad_before = _count(candidate, "bad_steps"), _count(baseline, "bad_steps")
     own = state_of(candidate, steps, thresholds)
     chance = fisher_more(bad, bad_before, total)
-    worse = bool(candidate.nonfinite and not baseline.nonfinite) or (bad > bad_before and chance < CHANCE)
+    lacking = bool(candidate.nonfinite and not baseline.nonfinite)
+    more = bad > bad_before and (own == "unstable" or chance < CHANCE)
     state: State = own
     if _is_lost(candidate, steps):
         state = "unstable"
-    elif worse:
+    elif lacking or more:
         state = "less stable"
     words = {
         "stable": f"is stable over {total} steps",
@@ -97,7 +100,7 @@ def judge_pair(
     if state == "not enough data":
         sentence = sentence[:-1] + f"; calling a run stable takes {thresholds.min_steps} steps."
     detail = _where(candidate.origins)
-    if bad > bad_before and not worse:
+    if bad > bad_before and not lacking and chance >= CHANCE:
         detail += f" So few more bad steps than the baseline's may be chance (p = {chance:.2g})."
     return Verdict(state, sentence, detail.strip(), _remedy(findings))
 

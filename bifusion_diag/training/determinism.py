@@ -27,8 +27,15 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def seed_everything(seed: int) -> None:
-    """Seed torch and make it choose deterministic kernels, or fail where it has none."""
+def make_deterministic(seed: int, threads: int) -> None:
+    """Seed torch and make it choose deterministic kernels, or fail where it has none.
+
+    Args:
+        seed: of every torch generator.
+        threads: of the CPU, 0 keeps torch's choice. Sums depend on it: runs are bit-identical at one number of threads.
+    """
+    if threads:
+        torch.set_num_threads(threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with its own workspace
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True)

@@ -39,7 +39,7 @@ from bifusion_diag.training.checkpoint import (
     restore_checkpoint,
     save_checkpoint,
 )
-from bifusion_diag.training.determinism import choose_device, seed_everything, torch_environment
+from bifusion_diag.training.determinism import choose_device, make_deterministic, torch_environment
 from bifusion_diag.training.optim import build_optimizer, clip_gradient, learning_rate
 from bifusion_diag.training.progress import ProgressDisplay
 from bifusion_diag.training.signals import stop_on_signals
@@ -115,7 +115,7 @@ class Trainer:
         self.out = check_output(out)
         self.console = console
         self.device = choose_device(training.device)
-        seed_everything(training.seed)
+        make_deterministic(training.seed, training.threads)
         source = open_source(settings.data, seed=training.seed)
         self.loader = BatchLoader(source, settings.data, batch_size=training.batch_size, seed=training.seed)
         self.model = build_model(settings).to(self.device).train()

@@ -210,3 +210,14 @@ def test_a_reduced_record_keeps_what_was_measured_at_full_resolution(tmp_path: P
     assert full.spikes == (777,)
     assert full.origins[0].module == "m3"
     assert assess_run(run).verdict.state == "unstable"
+
+
+def test_more_spikes_than_a_clean_baseline_are_less_stable_even_where_chance_may_explain_them(make_run: RunMaker) -> None:
+    series = healthy(120)
+    norms = series["train/grad_norm"].copy()
+    norms[[40, 80]] = 100.0
+    series["train/grad_norm"] = norms
+    comparison = compare_runs(make_run(healthy(120)), make_run(series))
+    assert comparison.verdict.state == "less stable"
+    assert "p = 0.25" in comparison.verdict.detail
+    assert compare_runs(make_run(series), make_run(series)).verdict.state == "unstable"

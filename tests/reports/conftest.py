@@ -15,7 +15,7 @@ from bifusion_diag.record import ModuleInfo, RecordReader, Run, RunHeader, RunWr
 
 BLOCKS = ("conv0", "block1.0", "block2.0", "block3.0", "block4.0", "convtr4", "block5.0", "block6.0", "block7.0")
 FUSION = ("spatial_head", "global_head", "geometry", "film", "gate")
-DECODER = ("layers.0", "layers.1", "layers.2", "out_cls", "out_mask")
+DECODER = ("layers.0", "layers.1.self_attention.attention.out_proj", "layers.2", "out_cls", "out_mask")
 NAN_STEPS = (141, 142, 300, 301, 302, 420)
 FROZEN, NO_GRADIENT, ZERO, FINITE, NON_FINITE = range(5)
 SETTINGS: dict[str, Any] = {
