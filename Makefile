@@ -1,5 +1,7 @@
-# make demo   set up and run the main job on synthetic rooms; ends by printing where the HTML report lies
-# make test   set up and pass the tests
+# make demo        set up, train three small models on synthetic rooms, print where the HTML report lies
+# make test        set up and pass the tests
+# make lint        style, types and the architecture contract
+# make minkowski   build the real MinkowskiEngine (CPU), once, cached outside the tree
 PYTHON ?= python3
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
@@ -10,8 +12,6 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 help:
 	@sed -n 's/^# //p' Makefile
-	@echo "make lint        style, types and the architecture contract"
-	@echo "make minkowski   build the real MinkowskiEngine (CPU) into $(VENV), once, cached outside the tree"
 
 install: $(VENV)/.installed
 
@@ -24,8 +24,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
+## The same commands work by hand, with more steps, other presets, or --data FOLDER.
+DEMO := runs/demo
 demo: install
-	@$(PY) -m bifusion_diag demo --out runs/demo
+	@for model in baseline-5cm bifusion-fragile bifusion; do \
+		$(VENV)/bin/bifusion-diag train --model $$model --config examples/demo.yaml --probe all --out $(DEMO)/$$model.json \
+			|| exit $$?; \
+	done
+	@$(VENV)/bin/bifusion-diag compare $(DEMO)/baseline-5cm.json $(DEMO)/bifusion-fragile.json $(DEMO)/bifusion.json \
+		--html $(DEMO)/report.html
 
 test: install
 	@$(PY) -m pytest

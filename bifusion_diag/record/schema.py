@@ -8,8 +8,10 @@ reduction never loses a spike or a non-finite value.
 from __future__ import annotations
 
 import fnmatch
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
@@ -50,13 +52,17 @@ class Event:
     data: dict[str, Any] = field(default_factory=dict)
 
 
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
 @dataclass
 class RunHeader:
     """What is known of a run before its first step, except for the modules' order."""
 
-    run_id: str
     name: str
-    created: str  # ISO 8601 with time zone
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: str = field(default_factory=_now)  # ISO 8601 with time zone
     command: str = ""
     preset: str = ""
     settings: dict[str, Any] = field(default_factory=dict)

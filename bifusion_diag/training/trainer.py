@@ -6,9 +6,7 @@ import math
 import shlex
 import shutil
 import time
-import uuid
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -128,9 +126,7 @@ class Trainer:
             self.first_step = checkpoint.step
             self.spikes = SpikeDetector(checkpoint.info["grad_norms"])
         header = RunHeader(
-            run_id=uuid.uuid4().hex,
             name=out.stem,
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             command=shlex.join(["bifusion-diag", *command]),
             preset=settings.preset,
             settings=settings.model_dump(mode="json"),

@@ -33,7 +33,7 @@ def _make_run(
         for key, values in series.items()
     }
     listed = [ModuleInfo(module, "Linear", order, module.split(".")[0], 10, 10) for order, module in enumerate(modules)]
-    head = RunHeader("id", name, "2026-01-01T00:00:00+00:00", modules=listed, **header)
+    head = RunHeader(name, modules=listed, **header)
     return Run(head, status, error, at, made, {one.name: one for one in histograms}, list(events), {})
 
 

@@ -42,7 +42,7 @@ class Full(nn.Module):
 
 
 def header() -> RunHeader:
-    return RunHeader("id", "run", "now", parameters={"zoo.steps": {"total": 1, "trainable": 1}})
+    return RunHeader("run", parameters={"zoo.steps": {"total": 1, "trainable": 1}})
 
 
 def train(probes: list[str | Probe], steps: int, writer: RunWriter | None = None) -> dict[str, Any]:

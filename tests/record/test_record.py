@@ -215,7 +215,7 @@ def test_resume_replaces_repeated_steps(tmp_path: Path) -> None:
     writer.append_histogram("h", [0, 1, 2, 3], np.ones((4, 1)), [0, 1])
     writer.event(2, "stage", "S1")
     writer.finish("interrupted")
-    later = RunHeader("id-2", "run", "2025-01-01T00:00:00+00:00", steps_planned=6)
+    later = RunHeader("run", "id-2", "2025-01-01T00:00:00+00:00", steps_planned=6)
     with RunWriter(path, later, resume=True) as writer:
         writer.append([2, 3, 4], {"a": [20, 30, 40]})
         writer.append_histogram("h", [2, 3, 4], np.full((3, 1), 7), [0, 1])
@@ -267,7 +267,7 @@ def test_a_killed_process_leaves_a_readable_record(tmp_path: Path) -> None:
     script = """
 import os, sys, signal, numpy as np
 from bifusion_diag.record import RunWriter, RunHeader
-w = RunWriter(sys.argv[1], RunHeader("id", "killed", "now"))
+w = RunWriter(sys.argv[1], RunHeader("killed"))
 for s in range(0, 96, 32):
     w.append(np.arange(s, s + 32), {"train/x": np.arange(s, s + 32)})
 w.event(95, "note", "here")

@@ -16,7 +16,7 @@ EDGES = np.linspace(0, 1, 5)
 
 
 def record(folder: Path, sink: TensorBoardSink) -> None:
-    with RunWriter(folder / "run.json", RunHeader("id", "n", "now"), tensorboard=sink) as writer:
+    with RunWriter(folder / "run.json", RunHeader("n"), tensorboard=sink) as writer:
         writer.append([0, 1, 2], {"loss/total": [1, np.nan, 3], "grads/a/state": [1, 2, 3]}, {"loss/total": [0, 0, 1]})
         writer.append_histogram("gate/alpha", [1, 2], [[9, 9, 9, 9], [0, 2, 3, 0]], EDGES)
 
@@ -64,7 +64,7 @@ def test_environment(tmp_path: Path) -> None:
 def test_tensorboard_files_of_a_resumed_run_are_kept(tmp_path: Path) -> None:
     sink = TensorBoardSink(tmp_path / "tb")
     record(tmp_path, sink)
-    with RunWriter(tmp_path / "run.json", RunHeader("id", "n", "now"), resume=True, tensorboard=sink) as writer:
+    with RunWriter(tmp_path / "run.json", RunHeader("n"), resume=True, tensorboard=sink) as writer:
         writer.append([3], {"loss/total": [4.0]})
     events = EventAccumulator(str(tmp_path / "tb"))
     events.Reload()

@@ -1,0 +1,70 @@
+"""The examples in README and docs run, and the links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from bifusion_diag.probes import Monitor
+from bifusion_diag.record import load_run
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def code(page: Path) -> str:
+    """The page's only Python example."""
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    return block
+
+
+def test_the_monitor_example_of_the_readme_records_a_users_model() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 1))
+    names = {
+        "torch": torch,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "loader": [torch.randn(8, 4) for _ in range(5)],
+    }
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = model
+
+        def forward(self, batch: torch.Tensor) -> torch.Tensor:
+            return self.net(batch).square().mean()
+
+    exec(code(ROOT / "README.md"), names | {"model": Model()})
+    run = load_run("runs/mine.json")
+    assert (run.status, len(run.steps)) == ("completed", 5)
+    assert run.series("grads/net.0/param_norm").value.min() > 0
+    assert run.series("train/grad_norm") is not None
+
+
+def test_the_probe_example_of_the_docs_measures_what_it_says() -> None:
+    names: dict[str, type] = {}
+    exec(code(ROOT / "docs" / "architecture.md"), names)
+
+    class Output(NamedTuple):
+        logits: torch.Tensor
+
+    class Model(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> Output:
+            return Output(x)
+
+    model = Model()
+    with Monitor(model, [names["LogitProbe"]()]) as monitor:
+        with monitor.step(0):
+            model(torch.tensor([1.0, 3.0]))
+        monitor.end_step()
+        assert monitor.latest()["logits/mean"] == 2.0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_pictures_are_there(page: Path) -> None:
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
+    assert [target for target in targets if not (page.parent / target).exists()] == []
