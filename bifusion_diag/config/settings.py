@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Metres = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+PositiveNumber = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Metres = PositiveNumber
 
 
 class Strict(BaseModel):
@@ -84,6 +85,12 @@ class DecoderSettings(Strict):
         0.5, description="training draws between this share and all of the superpoints as queries"
     )
 
+    @model_validator(mode="after")
+    def _heads_share_the_width(self) -> DecoderSettings:
+        if self.width % self.heads:
+            raise ValueError(f"decoder.width {self.width} is not a multiple of decoder.heads {self.heads}")
+        return self
+
 
 class ModelSettings(Strict):
     """Which model, and the sizes of its parts."""
@@ -140,7 +147,7 @@ class ClipAlignSettings(Strict):
 
     weight: NonNegative = 0.1
     target: Literal["point", "global"] = "point"
-    temperature: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 0.07
+    temperature: PositiveNumber = 0.07
     gradient_flow: Share = Field(0.05, description="share of the gradient let through to the 2D side")
 
 
@@ -179,11 +186,13 @@ class LossSettings(Strict):
 class OptimSettings(Strict):
     """AdamW and its learning-rate schedule."""
 
-    lr: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 2e-4
+    lr: PositiveNumber = 2e-4
     weight_decay: NonNegative = 0.05
-    clip_grad: float | None = Field(10.0, gt=0.0, description="maximum total L2 norm of the gradient; null = off")
+    clip_grad: float | None = Field(
+        10.0, gt=0.0, allow_inf_nan=False, description="maximum total L2 norm of the gradient; null = off"
+    )
     schedule: Literal["constant", "poly"] = "poly"
-    poly_power: Annotated[float, Field(gt=0.0)] = 0.9
+    poly_power: PositiveNumber = 0.9
 
 
 class TrainingSettings(Strict):
@@ -210,9 +219,15 @@ class AugmentSettings(Strict):
 
     flip: Share = 0.5
     rotate: bool = True
-    scale: tuple[float, float] = (0.8, 1.2)
+    scale: tuple[PositiveNumber, PositiveNumber] = Field((0.8, 1.2), description="smallest and largest factor")
     translate_std: NonNegative = 0.1
     elastic: Share = 0.5
+
+    @model_validator(mode="after")
+    def _scale_is_a_range(self) -> AugmentSettings:
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"augment.scale {self.scale} must be the smallest factor, then the largest")
+        return self
 
 
 class FlawSettings(Strict):

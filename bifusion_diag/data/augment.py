@@ -78,6 +78,8 @@ def elastic(xyz: Points, rng: np.random.Generator, spacing: float, magnitude: fl
     centre = np.median(moved[finite], axis=0)
     near = finite.copy()
     near[finite] = (np.abs(moved[finite] - centre) <= ELASTIC_REACH).all(1)
+    if not near.any():  # the median lies in the void between far parts of a torn scene
+        return moved
     reach = np.abs(moved[near] - centre).max(0)
     # two nodes more on every side, so that the blur's zero border lies outside of the points
     half_nodes = np.ceil(reach / spacing).astype(int) + 2

@@ -35,6 +35,31 @@ def test_the_controlled_twin_differs_from_the_baseline_in_the_grid_alone() -> No
     assert twin == load_settings("baseline").model_dump()
 
 
+def test_bifusion_has_the_numbers_of_003() -> None:
+    settings = load_settings("bifusion")
+    losses, instance, clip = settings.losses, settings.losses.instance, settings.losses.clip_align
+    assert (settings.model.common_width, settings.model.backbone.voxel_size) == (256, 0.05)
+    assert settings.model.backbone.planes == (32, 64, 128, 256, 128, 128, 96, 96)
+    assert (settings.model.projection.sanitize, settings.model.projection.normalize) == ("strict", "before_sampling")
+    assert (settings.model.gate.early_steps, settings.model.gate.invalid_alpha) == (3000, 0.1)
+    assert (losses.schedule, instance.style, instance.parts) == ("staged", "unified", (1.0, 0.8, 0.2))
+    assert (instance.focal_alpha, instance.focal_gamma, instance.mask_bce_share) == (0.25, 2.0, 0.6)
+    assert (clip.target, clip.temperature, clip.gradient_flow) == ("point", 0.07, 0.05)
+    assert (losses.spatial_consistency.neighbours, losses.no_view.confidence) == (8, 0.8)
+    assert (settings.optim.lr, settings.optim.clip_grad) == (2e-4, 10.0)
+
+
+def test_bifusion_fragile_has_the_numbers_of_the_failing_state() -> None:
+    settings = load_settings("bifusion-fragile")
+    losses, instance, clip = settings.losses, settings.losses.instance, settings.losses.clip_align
+    assert (settings.model.projection.sanitize, settings.model.projection.normalize) == ("replace", "after_sampling")
+    assert (losses.schedule, losses.semantic.weight, instance.weight) == ("constant", 0.4, 1.0)
+    assert (instance.style, instance.parts, instance.no_object_weight) == ("esam", (1.0, 0.8, 0.6, 0.3, 0.0), 0.05)
+    assert (clip.weight, clip.target, clip.temperature, clip.gradient_flow) == (0.05, "global", 0.07, 0.02)
+    assert settings.optim.clip_grad == 10.0
+    assert settings.model.decoder.score_head, "its instance weights have a score"
+
+
 def test_small_keeps_the_architecture_and_divides_the_widths() -> None:
     full, small = load_settings("bifusion"), load_settings("bifusion", scale="small")
     assert small.model.backbone.layers == full.model.backbone.layers
@@ -73,6 +98,10 @@ def test_a_stored_dump_gives_the_same_settings_back(tmp_path: Path) -> None:
         ({"overrides": ["optim=1", "optim.lr=1"]}, r"'optim' was given a value before"),
         ({"overrides": ["losses.instance.style=esam"]}, r"has 3 weights; style 'esam' takes 5"),
         ({"overrides": ["scale=tiny"]}, r"unknown scale 'tiny'"),
+        ({"overrides": ["data.augment.scale=[1.2, 0.8]"]}, r"augment.scale .* the smallest factor, then the largest"),
+        ({"overrides": ["data.augment.scale=[0, 1]"]}, r"data.augment.scale.0: Input should be greater than 0"),
+        ({"overrides": ["model.decoder.heads=7"]}, r"decoder.width 256 is not a multiple of decoder.heads 7"),
+        ({"overrides": ["optim.clip_grad=.inf"]}, r"optim.clip_grad: Input should be a finite number"),
     ],
 )
 def test_bad_settings_say_where_and_what_was_meant(arguments: dict[str, object], message: str) -> None:

@@ -83,3 +83,9 @@ def test_the_generator_decides_everything():
     one, two, other = (Augmentation(options)(XYZ, np.random.default_rng(seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(one, two)
     assert not np.array_equal(one, other)
+
+
+def test_elastic_leaves_a_scene_torn_in_two_where_it_is():
+    torn = np.array([[0.0, 0.0, 0.0], [500.0, 0.0, 0.0]])  # no point is near the median, which is half-way
+    np.testing.assert_array_equal(elastic(torn, np.random.default_rng(0), 0.24, 0.8), torn)
+    assert augment(elastic=1.0, xyz=torn.astype(np.float32)).shape == (2, 3)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bifusion_diag.data.batch import Batch
+from bifusion_diag.errors import UserError
 from bifusion_diag.model.segments import split_rows, starts
 
 
@@ -37,7 +38,16 @@ def scene_targets(batch: Batch, semantic_classes: int) -> list[SceneTargets]:
 
     Returns:
         One entry a scene.
+
+    Raises:
+        UserError: the labels have more classes than the model.
     """
+    highest = int(batch.semantic.max())
+    if highest >= semantic_classes:
+        raise UserError(
+            f"the scenes have the semantic class {highest}, but model.decoder.semantic_classes is {semantic_classes}; "
+            f"set it to {highest + 1} or more (ScanNet200 has 200 classes)"
+        )
     targets = []
     for scene, (coords, superpoint, instance, semantic) in enumerate(
         zip(

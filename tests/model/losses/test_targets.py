@@ -6,9 +6,11 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
+import pytest
 import torch
 
 from bifusion_diag.data.batch import Batch
+from bifusion_diag.errors import UserError
 from bifusion_diag.model.losses.targets import scene_targets
 
 
@@ -54,3 +56,11 @@ def test_half_is_not_a_majority(batch_of: Callable[..., Batch]) -> None:
     (target,) = scene_targets(batch, 7)
     assert not target.superpoint_masks.any()
     assert target.semantic.tolist() == [-1]
+
+
+def test_a_label_that_the_model_has_no_class_for_is_refused(batch_of: Callable[..., Batch]) -> None:
+    # It would be counted as another class of a later superpoint.
+    batch = replace(batch_of([10], [3], [1]), semantic=torch.tensor([7] * 5 + [-1] * 5))
+    assert len(scene_targets(batch, 8)) == 1
+    with pytest.raises(UserError, match=r"semantic class 7, but model\.decoder\.semantic_classes is 7; set it to 8"):
+        scene_targets(batch, 7)
