@@ -90,17 +90,18 @@ class Level:
     def __len__(self) -> int:
         return self.cells.shape[0]
 
-    def lookup(self, queries: Tensor, offsets: list[tuple[int, int, int]]) -> Tensor:
+    def lookup(self, queries: Tensor, offsets: list[tuple[int, int, int]], *, outside: int = 0) -> Tensor:
         """Which voxel lies at each query plus each offset.
 
         Args:
-            queries: (Q, 4) int64 cells; each at most one cell outside this scale's bounding box.
+            queries: (Q, 4) int64 cells.
             offsets: K offsets (x, y, z) in cells.
+            outside: at most so many cells are the queries outside of this scale's bounding box.
 
         Returns:
             (K, Q) int32 row of the voxel, -1 where there is none.
         """
-        margin = 1 + max(abs(step) for offset in offsets for step in offset)
+        margin = outside + max(abs(step) for offset in offsets for step in offset)
         packing = Packing(*self._box, margin=margin)
         keys, wanted = packing.pack(self.cells), packing.pack(queries)
         table = torch.empty(len(offsets), len(queries), dtype=torch.int32, device=keys.device)

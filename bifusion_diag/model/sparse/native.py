@@ -63,10 +63,10 @@ class NativeMaps:
         coarse, parent = self._coarser(in_stride, stride)
         corner = coarse.cells.clone()
         corner[:, 1:] *= stride
-        if size == stride and dilation == 1:
+        if size == stride and size % 2 == 0 and dilation == 1:  # an odd kernel is centred, so its windows overhang
             x, y, z = (fine.cells - corner.index_select(0, parent))[:, 1:].unbind(1)
             return pooling_map(parent, x + size * (y + size * z), size**3, len(coarse))
-        return general_map(fine.lookup(corner, offsets), len(fine))
+        return general_map(fine.lookup(corner, offsets, outside=stride - 1), len(fine))
 
 
 class NativeEngine:

@@ -101,6 +101,24 @@ def test_strided_convolution_and_its_transpose_agree_with_dense_ones(some_voxels
         torch.testing.assert_close(out.feats, values, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(("size", "stride"), [(2, 2), (3, 2), (3, 3), (2, 3), (5, 3), (3, 4), (4, 4)])
+def test_strided_convolution_agrees_with_a_loop(size: int, stride: int, algorithm: str, some_voxels: Draw) -> None:
+    coords = some_voxels(300, extent=11)
+    layer = Conv3d(2, 3, size, stride=stride).double()
+    feats = torch.randn(len(coords), 2, dtype=torch.float64)
+    out = run(layer, coords, feats)
+
+    row = {tuple(coord): feat for coord, feat in zip(coords.tolist(), feats, strict=True)}
+    corners = {(b, *(value // stride * stride for value in place)) for b, *place in row}
+    assert sorted(corners) == [tuple(coord) for coord in out.coords.tolist()]
+    steps = range(-(size // 2), size // 2 + 1) if size % 2 else range(size)
+    for (b, x, y, z), found in zip(out.coords.tolist(), out.feats, strict=True):
+        window = [(b, x + i, y + j, z + k) for k in steps for j in steps for i in steps]
+        pairs = zip(window, layer.kernel, strict=True)
+        expected = sum((row[place] @ weight for place, weight in pairs if place in row), start=torch.zeros(3).double())
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_bits_do_not_depend_on_the_run_or_the_order_of_rows(name: str, algorithm: str, some_voxels: Draw) -> None:
     coords = some_voxels(120)
