@@ -103,17 +103,30 @@ def test_fused_is_film_and_gate_of_the_reported_branches(batch_of_two: Callable[
     torch.testing.assert_close(out.alpha, gate.alpha)
 
 
+def test_the_global_feature_is_the_mean_of_the_scenes_own_views(batch_of_two: Callable[..., Batch]) -> None:
+    encoder = make_encoder().eval()
+    batch = batch_of_two()
+    out = encoder(batch)
+    for scene in range(2):
+        views = [encoder.global_head(encoder.clip(batch.images[scene, view][None, None]).pooled)[0] for view in (0, 1)]
+        mean = sum(views) / 2
+        torch.testing.assert_close(out.global2d[scene], mean / mean.norm())
+
+
 def test_after_sampling_gives_unit_vectors(batch_of_two: Callable[..., Batch]) -> None:
     out = make_encoder("after_sampling")(batch_of_two())
     torch.testing.assert_close(out.f2d.norm(dim=1), out.valid.float())
 
 
-def test_augmented_coordinates_do_not_move_the_projection(batch_of_two: Callable[..., Batch]) -> None:
+def test_augmented_coordinates_move_neither_projection_nor_encoding(batch_of_two: Callable[..., Batch]) -> None:
     encoder = make_encoder().eval()
     batch = batch_of_two()
+    encodings: list[Tensor] = []
+    encoder.geometry.register_forward_hook(lambda module, args, out: encodings.append(out))
     before, after = encoder(batch), encoder(replace(batch, coords=batch.coords * 1.1 + 0.3))
     assert torch.equal(before.f2d, after.f2d)
     assert torch.equal(before.valid, after.valid)
+    assert torch.equal(*encodings)
     assert not torch.equal(before.f3d, after.f3d)
 
 
@@ -129,6 +142,25 @@ def test_every_trainable_parameter_learns_and_clip_does_not(batch_of_two: Callab
             assert parameter.grad is not None, name
             assert torch.isfinite(parameter.grad).all(), name
             assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize(
+    ("branch", "learning"),
+    [
+        ("f2d", {"spatial_head"}),
+        ("f3d", {"backbone", "head3d"}),
+        ("global2d", {"global_head"}),
+        ("alpha", {"spatial_head", "backbone", "head3d", "film", "gate"}),
+    ],
+)
+def test_each_output_teaches_the_parts_it_is_made_of(
+    branch: str, learning: set[str], batch_of_two: Callable[..., Batch]
+) -> None:
+    """So that a loss term on a branch, as ``clip_align`` is one, trains that branch and no other."""
+    encoder = make_encoder()
+    getattr(encoder(batch_of_two()), branch).sin().sum().backward()
+    taught = {name.partition(".")[0] for name, p in encoder.named_parameters() if p.grad is not None and p.grad.any()}
+    assert taught == learning
 
 
 def test_zero_features_normalised_after_sampling_have_a_gain_of_1e12(batch_of_two: Callable[..., Batch]) -> None:

@@ -104,6 +104,16 @@ def test_of_equal_views_the_first_is_chosen() -> None:
     assert found.view.tolist() == [1]
 
 
+def test_a_point_at_the_lens_is_not_seen_where_there_is_no_reading() -> None:
+    depth = torch.zeros(1, 1, H, W)  # 0 means "no reading", and is within the tolerance of z = 0.01 m
+    pose = camera(0.0, (0.0, 0.0, 0.0))[None, None]
+    found = PointProjection(ProjectionSettings())(
+        torch.tensor([[0.0, 0.01, 0.0]]), (1,), depth, K.expand(1, 1, 3, 3), pose
+    )
+    assert found.inside.all()
+    assert not found.valid.any()
+
+
 def test_points_of_a_depth_image_come_back_to_their_own_pixel() -> None:
     depth = torch.rand(1, 1, H, W) + 1
     pose = camera(0.3, (0.1, 0.2, 0.3))[None, None]
