@@ -11,6 +11,8 @@ from bifusion_diag.errors import UserError
 
 _NO_READING = 65535  # some Kinect captures write this instead of 0
 _MILLIMETRE = np.float32(0.001)
+_RIGID = 0.02  # largest deviation of R Rᵀ from the identity; trackers that accumulate float32 drift by 1e-3
+_FARTHEST = 1e6  # [m] a camera beyond it leaves float32 coordinates no centimetres
 
 
 def read_color(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
@@ -40,7 +42,21 @@ def read_pose(path: Path) -> np.ndarray:
     numbers = _numbers(path)
     if len(numbers) != 16:
         raise UserError(f"{path}: a pose is a 4×4 matrix (16 numbers), this file has {len(numbers)} numbers")
-    return numbers.reshape(4, 4)
+    pose = numbers.reshape(4, 4)
+    if np.isfinite(pose).all() and not _is_rigid(pose):
+        raise UserError(
+            f"{path}: not a camera-to-world pose [R t; 0 0 0 1] with a rotation R and a position t in metres, got "
+            f"{pose.round(4).tolist()}. Transpose a column-major matrix, take scale out of R, or, where tracking was "
+            "lost, write 16 times -inf"
+        )
+    return pose
+
+
+def _is_rigid(pose: np.ndarray) -> bool:
+    """Whether a finite (4, 4) matrix is a rotation and a translation, as the projection takes it to be."""
+    deviation = np.abs(pose[:3, :3] @ pose[:3, :3].T - np.eye(3)).max()
+    last_row = np.allclose(pose[3], [0, 0, 0, 1], atol=1e-6)
+    return bool(last_row and deviation < _RIGID and np.abs(pose[:3, 3]).max() < _FARTHEST)
 
 
 def read_intrinsics(path: Path, size: tuple[int, int]) -> np.ndarray:

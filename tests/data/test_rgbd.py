@@ -259,6 +259,22 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: np.savetxt(f / "frame-000001.pose.txt", np.eye(4)[:3]),
         r"frame-000001\.pose\.txt: a pose is a 4×4 matrix \(16 numbers\), this file has 12",
     ),
+    "a column-major pose": (
+        lambda f: np.savetxt(f / "frame-000001.pose.txt", _pose(1).T),
+        r"frame-000001\.pose\.txt: not a camera-to-world pose .* Transpose a column-major matrix",
+    ),
+    "a pose with scale": (
+        lambda f: np.savetxt(f / "frame-000001.pose.txt", _pose(1) @ np.diag([2.0, 2.0, 2.0, 1.0])),
+        r"frame-000001\.pose\.txt: not a camera-to-world pose .* take scale out of R",
+    ),
+    "a pose of zeros": (
+        lambda f: np.savetxt(f / "frame-000001.pose.txt", np.zeros((4, 4))),
+        r"frame-000001\.pose\.txt: not a camera-to-world pose .* where tracking was lost, write 16 times -inf",
+    ),
+    "a pose beyond float32": (
+        lambda f: np.savetxt(f / "frame-000001.pose.txt", _pose(1) + np.outer([1e39, 0, 0, 0], [0, 0, 0, 1])),
+        r"frame-000001\.pose\.txt: not a camera-to-world pose",
+    ),
     "words for a pose": (
         lambda f: (f / "frame-000001.pose.txt").write_text("tracking lost"),
         r"frame-000001\.pose\.txt: it should hold nothing but numbers: .*'tracking'",
