@@ -62,7 +62,7 @@ class BlockFile:
         self._reader: pa.ipc.RecordBatchStreamReader | None = None
         try:
             self._reader = pa.ipc.open_stream(self._source)
-        except (pa.ArrowInvalid, OSError):  # killed before the file's first bytes were written
+        except (pa.ArrowException, OSError):  # killed before the file's first bytes were written
             self.truncated = True
         else:
             raw = self._reader.schema.metadata or {}
@@ -82,7 +82,7 @@ class BlockFile:
                 batch = self._reader.read_next_batch()
             except StopIteration:
                 return
-            except (pa.ArrowInvalid, OSError):
+            except (pa.ArrowException, OSError):
                 self.truncated = True
                 return
             rows = batch.num_rows

@@ -76,6 +76,9 @@ class RecordReader:
         names: of all series, in the order in which they were first recorded.
         histogram_names: of all histograms.
         truncated: names of files whose last block was cut off.
+
+    Raises:
+        RecordError: header.json or the head of another file is damaged.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -87,20 +90,30 @@ class RecordReader:
         self._edges: dict[str, Floats] = {}
         written: list[Ints] = []
         for path in sorted(self.folder.glob("*.arrow")):
-            with BlockFile(path) as file:
-                steps = [block.steps for block in file]
-                if file.truncated:
-                    self.truncated.append(path.name)
-                if "names" in file.metadata:
-                    self._tables.append((path, json.loads(file.metadata["names"])))
-                    written.extend(steps)
-                elif "histogram" in file.metadata:
-                    name = file.metadata["histogram"]
-                    self._histograms.setdefault(name, []).append(path)
-                    self._edges[name] = np.asarray(json.loads(file.metadata["edges"]), dtype=np.float64)
+            try:
+                written.extend(self._survey(path))
+            except ValueError as error:  # of the JSON in the metadata
+                raise RecordError(
+                    f"{path}: damaged at its head ({error}); move it away to read the rest of the record"
+                ) from error
         self.names = list(dict.fromkeys(name for _, names in self._tables for name in names))
         self.histogram_names = list(self._histograms)
         self.steps, self._rows = _last_of_each(written)
+
+    def _survey(self, path: Path) -> list[Ints]:
+        """Note what a file holds; returns the steps of its rows where they are rows of series."""
+        with BlockFile(path) as file:
+            steps = [block.steps for block in file]
+            if file.truncated:
+                self.truncated.append(path.name)
+            if "names" in file.metadata:
+                self._tables.append((path, json.loads(file.metadata["names"])))
+                return steps
+            if "histogram" in file.metadata:
+                name = file.metadata["histogram"]
+                self._histograms.setdefault(name, []).append(path)
+                self._edges[name] = np.asarray(json.loads(file.metadata["edges"]), dtype=np.float64)
+            return []
 
     def events(self) -> list[Event]:
         """Events of the run, and one for every block that was cut off."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
@@ -27,9 +27,14 @@ class TensorBoardSink:
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         self._writer: EventFileWriter | None = None
+        self._resumed = False
 
     def open(self, *, fresh: bool) -> None:
-        """Start a file of events. A fresh run first removes those of the run that lay there before."""
+        """Start a file of events. A fresh run first removes those of the run that lay there before.
+
+        Where a resumed run repeats steps, what was written of them, and after them, before the interruption is void.
+        """
+        self._resumed = not fresh
         if fresh:
             for old in self.folder.glob("events.out.tfevents.*"):
                 old.unlink()
@@ -67,8 +72,12 @@ class TensorBoardSink:
 
     def _add(self, step: int, summary: Summary) -> None:
         assert self._writer is not None, "the sink is not open"
-        if summary.value:
-            self._writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+        if not summary.value:
+            return
+        if self._resumed:
+            self._resumed = False
+            self._writer.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
+        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
 
     def close(self) -> None:
         """Flush and close. Closing twice is fine."""

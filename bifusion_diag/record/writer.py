@@ -213,15 +213,24 @@ class RunWriter:
         write_text(self.folder / HEADER_FILE, codec.dumps(document))
 
 
+#: Folders that stand beside run.json under its stem: a run.json of such a name would be in the way of its own.
+FOLDERS_BESIDE = (".record", ".tensorboard", ".checkpoints")
+
+
 def check_output(path: Path | str) -> Path:
     """The path of a run.json to be, checked before anything is computed for it.
 
     Raises:
-        UserError: it is a folder, or an existing file stands where its folder should be.
+        UserError: it is a folder or named like one of the run's own, or a file stands where its folder should be.
     """
     target = Path(path)
     if not target.name or target.is_dir():
         raise UserError(f"{path}: a run cannot be recorded there, it is a folder. Give a file name such as run.json.")
+    if target.suffix in FOLDERS_BESIDE:
+        raise UserError(
+            f"{path}: a run cannot be recorded there, a run keeps a folder of that name. "
+            f"Give a file name such as {target.with_suffix('.json')}."
+        )
     above = next(parent for parent in target.parents if parent.exists())
     if not above.is_dir():
         raise UserError(f"{path}: a run cannot be recorded there, {above} is a file. Choose another output path.")

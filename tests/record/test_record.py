@@ -321,6 +321,21 @@ def damage(path: Path, text: str) -> Path:
     return path
 
 
+@pytest.mark.parametrize("name", ["run.record", "run.tensorboard", "run.checkpoints"])
+def test_a_run_is_not_named_like_a_folder_of_its_own(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=r"keeps a folder of that name. Give a file name such as .*run\.json"):
+        RunWriter(tmp_path / name, header())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_record_with_a_damaged_head_is_refused_by_name(tmp_path: Path) -> None:
+    write(tmp_path / "run.json", 4, {"loss/total": np.ones(4)})
+    path = tmp_path / "run.record" / "000000-series.arrow"
+    path.write_bytes(path.read_bytes().replace(b'["loss/total"]', b'["loss/total",'))
+    with pytest.raises(RecordError, match=r"000000-series.arrow: damaged at its head"):
+        load_run(tmp_path / "run.record")
+
+
 def test_bad_files_say_what_is_wrong(tmp_path: Path) -> None:
     good = tmp_path / "run.json"
     write(good, 5, {"a": np.ones(5)})

@@ -21,6 +21,21 @@ def record(folder: Path, sink: TensorBoardSink) -> None:
         writer.append_histogram("gate/alpha", [1, 2], [[9, 9, 9, 9], [0, 2, 3, 0]], EDGES)
 
 
+def test_a_resumed_run_voids_the_steps_that_it_repeats(tmp_path: Path) -> None:
+    def write(steps: list[int], value: float, *, resume: bool) -> None:
+        sink = TensorBoardSink(tmp_path / "tb")
+        with RunWriter(tmp_path / "run.json", RunHeader("n"), resume=resume, tensorboard=sink) as writer:
+            for step in steps:
+                writer.append([step], {"loss/total": [value], "grads/a/state": [value]})
+
+    write([0, 1, 2, 3], 1.0, resume=False)
+    write([2, 3, 4], 2.0, resume=True)
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    for name in ("loss/total", "grads/a/state"):
+        assert [(event.step, event.value) for event in events.Scalars(name)] == [(0, 1), (1, 1), (2, 2), (3, 2), (4, 2)]
+
+
 def test_events_hold_the_same_numbers(tmp_path: Path) -> None:
     sink = TensorBoardSink(tmp_path / "tb")
     for _ in range(2):  # the second run replaces the first
