@@ -200,7 +200,7 @@ class TrainingSettings(Strict):
 
     steps: Positive = 200
     batch_size: Positive = Field(4, description="scenes a step; the documents use 8, which needs about 8 GiB")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=1 << 63)
     device: str = Field("auto", description="'auto', 'cpu', 'cuda', 'cuda:1', ...")
     threads: int = Field(
         0, ge=0, description="CPU threads of torch; 0 = torch's own choice. Small models run best on 1"

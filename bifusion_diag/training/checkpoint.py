@@ -70,7 +70,7 @@ def save_checkpoint(
     (partial / "checkpoint.json").write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)
-    for old in sorted(parent.glob("step-*"))[:-KEEP]:
+    for old in _by_step(parent)[:-KEEP]:
         shutil.rmtree(old)
     return target
 
@@ -81,7 +81,7 @@ def latest_checkpoint(parent: Path) -> Checkpoint:
     Raises:
         UserError: there is none, it is corrupt, or it is from a newer version.
     """
-    folders = sorted(parent.glob("step-*"))
+    folders = _by_step(parent)
     if not folders:
         raise UserError(f"nothing to resume: no checkpoint in {parent}")
     path = folders[-1] / "checkpoint.json"
@@ -128,6 +128,12 @@ def restore_checkpoint(checkpoint: Checkpoint, model: nn.Module, optimizer: torc
         if values:
             optimizer.state[parameter] = {k: _placed(k, v, parameter) for k, v in values.items()}
     restore_random_state({k.removeprefix("random/"): v for k, v in tensors.items() if k.startswith("random/")})
+
+
+def _by_step(parent: Path) -> list[Path]:
+    """Checkpoints, oldest first: by number, as the names' order is another one from a million steps on."""
+    numbered = {path: path.name.removeprefix("step-") for path in parent.glob("step-*")}
+    return sorted((path for path, number in numbered.items() if number.isdecimal()), key=lambda p: int(numbered[p]))
 
 
 def _placed(key: str, value: Tensor, parameter: Tensor) -> Tensor:

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 #: Seconds between lines where the output is a file or a pipe.
 PLAIN_INTERVAL = 10.0
 
 
+class _TwoLines(Progress):
+    """The bar, and the numbers below it, where they fit into narrow terminals too."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        for task in self.tasks:
+            yield Text(task.fields["numbers"])
+
+
 class ProgressDisplay:
-    """A live line in a terminal; a plain line every few seconds where the output is not one."""
+    """Two live lines in a terminal; a plain line every few seconds where the output is not one."""
 
     def __init__(self, console: Console, title: str, total: int, done: int = 0) -> None:
         self._console = console
@@ -23,11 +34,10 @@ class ProgressDisplay:
         self._first = done
         self._began = self._last_line = time.monotonic()
         self._incidents = 0
-        self._live = Progress(
+        self._live = _TwoLines(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(compact=True),
             console=console,
             disable=not console.is_terminal,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request; a second one raises KeyboardInterrupt at once.
+    """Turn the first SIGINT or SIGTERM into a request, and say so; a second one raises KeyboardInterrupt at once.
 
     Outside the main thread, where Python delivers no signals, nothing is changed.
     """
@@ -37,6 +38,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
         if request.requested:
             raise KeyboardInterrupt
         request.signal_name = signal.Signals(number).name
+        # Straight to stderr: a handler may run in the middle of Python's own printing, which may not be entered again.
+        os.write(2, f"\n{request.signal_name}: ending after this step; once more ends at once\n".encode())
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -62,10 +62,12 @@ class StageSwitch:
         self._frozen: list[nn.Parameter] = []
 
     def enter(self, step: int) -> Stage | None:
-        """Put the model into the stage of this step. Returns the stage when it has just begun, else None."""
+        """Put the model into the stage of this step. Returns the stage where it begins at this very step, else None:
+        a resumed run enters a stage that began earlier."""
         stage = stage_at(self._stages, step, self._total_steps)
         if stage is self._current or len(self._stages) == 1:
             return None
+        begins = step == 0 or stage_at(self._stages, step - 1, self._total_steps) is not stage
         self._current = stage
         for parameter in self._frozen:
             parameter.requires_grad_(True)
@@ -77,4 +79,4 @@ class StageSwitch:
         ]
         for parameter in self._frozen:
             parameter.requires_grad_(False)
-        return stage
+        return stage if begins else None

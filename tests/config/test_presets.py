@@ -100,6 +100,10 @@ def test_a_stored_dump_gives_the_same_settings_back(tmp_path: Path) -> None:
         ({"overrides": ["scale=tiny"]}, r"unknown scale 'tiny'"),
         ({"overrides": ["data.augment.scale=[1.2, 0.8]"]}, r"augment.scale .* the smallest factor, then the largest"),
         ({"overrides": ["data.augment.scale=[0, 1]"]}, r"data.augment.scale.0: Input should be greater than 0"),
+        (
+            {"overrides": ["training.seed=99999999999999999999"]},
+            r"training.seed: Input should be less than 9223",
+        ),
         ({"overrides": ["model.decoder.heads=7"]}, r"decoder.width 256 is not a multiple of decoder.heads 7"),
         ({"overrides": ["optim.clip_grad=.inf"]}, r"optim.clip_grad: Input should be a finite number"),
     ],

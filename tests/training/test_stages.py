@@ -66,4 +66,8 @@ def test_what_the_model_freezes_itself_stays_frozen() -> None:
 def test_resuming_in_the_middle_enters_the_stage_of_that_step() -> None:
     torch.manual_seed(0)
     model = Model()
-    assert StageSwitch(model, stages_of(load_settings("bifusion")), 33).enter(30).name == "S2"
+    switch = StageSwitch(model, stages_of(load_settings("bifusion")), 33)
+    assert switch.enter(1) is None  # S0 began at step 0
+    assert "encoder.backbone" not in model.learning()
+    assert switch.enter(23).name == "S2"
+    assert switch.enter(30) is None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
 import signal
 import threading
@@ -20,6 +22,8 @@ from bifusion_diag.errors import UserError
 from bifusion_diag.model.decoder import MixedQueryDecoder
 from bifusion_diag.record import Run, load_run
 from bifusion_diag.training import Trainer, resume_training
+from bifusion_diag.training.checkpoint import latest_checkpoint, save_checkpoint
+from bifusion_diag.training.progress import ProgressDisplay
 
 Train = Callable[..., Run]
 
@@ -92,25 +96,26 @@ def test_a_resumed_run_is_bit_identical_to_one_that_was_never_interrupted(
     trainer = Trainer(settings, tmp_path / "parts.json", ["all"], [], quiet)
     step = trainer._step
 
-    def interrupted_at_3(number: int, display: object) -> None:
+    def interrupted_at_2(number: int, display: object) -> None:
         step(number, display)
-        if number == 3:
+        if number == 2:  # in the middle of stage S1
             os.kill(os.getpid(), signal.SIGINT)
 
-    trainer._step = interrupted_at_3
+    trainer._step = interrupted_at_2
     first = trainer.run()
-    assert (first.status, list(first.steps)) == ("interrupted", [0, 1, 2, 3])
+    assert (first.status, list(first.steps)) == ("interrupted", [0, 1, 2])
     assert [event.kind for event in first.events][-1] == "signal"
     second = resume_training(tmp_path / "parts.json", console=quiet)
     assert (second.status, list(second.steps)) == ("completed", list(range(6)))
     for name in whole.names():
         if "seconds" not in name:
             np.testing.assert_array_equal(values(second, name), values(whole, name), err_msg=name)
+    assert [event for event in second.events if event.kind != "signal"] == whole.events
     assert_same_tensors(weights(tmp_path, "parts"), weights(tmp_path, "whole"))
 
 
 def test_sigterm_ends_with_a_valid_record_and_puts_the_handlers_back(
-    tiny: Callable[..., Settings], quiet: Console, tmp_path: Path
+    tiny: Callable[..., Settings], quiet: Console, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
     trainer = Trainer(tiny("baseline-5cm", steps=1000), tmp_path / "run.json", [], [], quiet)
@@ -121,6 +126,7 @@ def test_sigterm_ends_with_a_valid_record_and_puts_the_handlers_back(
     assert run.status == "interrupted"
     assert 0 < len(run.steps) < 1000
     assert signal.getsignal(signal.SIGTERM) is before
+    assert "SIGTERM: ending after this step; once more ends at once" in capfd.readouterr().err
 
 
 def test_a_crash_leaves_a_record_that_says_failed(
@@ -167,6 +173,15 @@ def test_checkpoints_are_written_on_the_way_and_the_old_ones_dropped(train: Trai
     assert names == ["step-000004", "step-000005"]
 
 
+def test_checkpoints_are_ordered_by_number(tmp_path: Path) -> None:
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in (999_998, 999_999, 1_000_000):
+        save_checkpoint(tmp_path, step, model, optimizer, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1000000", "step-999999"]
+    assert latest_checkpoint(tmp_path).step == 1_000_000
+
+
 def test_a_finished_run_cannot_be_resumed(train: Train, quiet: Console, tmp_path: Path) -> None:
     train("baseline-5cm", steps=2)
     with pytest.raises(UserError, match="nothing to resume: all 2 steps"):
@@ -197,6 +212,19 @@ def test_bad_input_is_found_before_anything_is_written(
 ) -> None:
     with pytest.raises(UserError, match=r"unknown probe 'grad'.*'grads'"):
         Trainer(tiny("baseline-5cm"), tmp_path / "run.json", ["grad"], [], quiet)
-    with pytest.raises(UserError, match="not available here"):
-        Trainer(tiny("baseline-5cm", "training.device=tpu9"), tmp_path / "run.json", [], [], quiet)
+    for device in ("tpu9", "meta"):
+        with pytest.raises(UserError, match="not available here"):
+            Trainer(tiny("baseline-5cm", f"training.device={device}"), tmp_path / "run.json", [], [], quiet)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_live_display_shows_every_number_in_narrow_terminals(width: int) -> None:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=width, legacy_windows=False, _environ={})
+    with ProgressDisplay(console, "bifusion-fragile (small)", 400) as display:
+        display.incident("step 6: bad")
+        display.step(7, 1234.5, math.inf)
+    last = file.getvalue().rpartition("bifusion-fragile (small)")[2]
+    for shown in ("7/400", "--:--", "loss 1234", "pre-clip grad norm inf", "incidents 1"):
+        assert shown in last
