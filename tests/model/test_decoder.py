@@ -66,6 +66,20 @@ def test_first_half_of_the_masks_is_over_superpoints_and_the_last_over_points(la
     assert [tuple(s.shape) for s in output.semantic] == [(6, 8), (3, 8)]
 
 
+def test_masks_compare_queries_with_superpoints_and_then_with_placed_points() -> None:
+    decoder = MixedQueryDecoder(SMALL, CHANNELS).eval()
+    inputs = _inputs([(40, 6)])
+    normed: list[torch.Tensor] = []
+    decoder.query_norm.register_forward_hook(lambda module, args, out: normed.append(out))
+    output = decoder(**inputs)
+    over = {
+        "superpoint": decoder.superpoint_mask(inputs["superpoints"]),
+        "point": decoder.point_mask(torch.cat([inputs["coords"], inputs["points"]], dim=1)),
+    }
+    for queries, layer in zip(normed, output.layers, strict=True):
+        torch.testing.assert_close(layer.masks[0], queries @ over[layer.level].T)
+
+
 def test_a_scene_does_not_see_the_others() -> None:
     decoder = MixedQueryDecoder(SMALL, CHANNELS).eval()
     inputs = _inputs([(40, 6), (25, 3)])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from bifusion_diag.config.presets import load_settings
 from bifusion_diag.data.batch import Batch
@@ -32,6 +34,26 @@ def test_presets_train_a_step(preset: str, batch_of_two: Callable[..., Batch]) -
     for part in ("encoder.backbone", "pool", "decoder"):
         moved = [name for name in before if name.startswith(part) and not before[name].equal(model.get_parameter(name))]
         assert moved, part
+
+
+@pytest.mark.parametrize("preset", ["baseline-5cm", "bifusion"])
+def test_pooling_and_decoder_get_the_fused_features_at_the_augmented_coordinates(
+    preset: str, batch_of_two: Callable[..., Batch]
+) -> None:
+    model = build_model(load_settings(preset, scale="small"))
+    batch = batch_of_two()
+    batch = replace(batch, coords=batch.xyz + 0.7)
+    given: dict[str, tuple[Tensor, ...]] = {}
+    model.pool.register_forward_pre_hook(lambda module, args: given.update(pool=args))
+    model.decoder.register_forward_pre_hook(lambda module, args: given.update(decoder=args))
+    predictions = model(batch).predictions
+    features, coords, superpoint, superpoints = given["pool"]
+    assert features is predictions.encoder.fused
+    assert coords is batch.coords
+    assert (superpoint is batch.superpoint, superpoints) == (True, sum(batch.superpoint_counts))
+    assert given["decoder"][0] is predictions.superpoints
+    assert given["decoder"][2] is predictions.encoder.fused
+    assert given["decoder"][3] is batch.coords
 
 
 def test_baseline_has_esams_size_to_the_parameter() -> None:
