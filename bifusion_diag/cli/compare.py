@@ -16,12 +16,11 @@ def compare(
     json: Annotated[Path | None, typer.Option(help="Write everything that the report shows as JSON.")] = None,
 ) -> None:
     """Compare the stability of runs: measures, criteria, where they part, what differed."""
-    from bifusion_diag.diagnosis import compare_runs
-    from bifusion_diag.record import load_run
+    from bifusion_diag.diagnosis import compare_runs, load_measured
     from bifusion_diag.reports import print_comparison, write_comparison
 
-    reference = load_run(baseline)
-    runs = [load_run(path) for path in candidates]
+    reference = load_measured(baseline)
+    runs = [load_measured(path) for path in candidates]
     comparisons = [compare_runs(reference, run) for run in runs]
     console = Console()
     for comparison in comparisons:

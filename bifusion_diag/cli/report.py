@@ -15,11 +15,10 @@ def report(
     json: Annotated[Path | None, typer.Option(help="Write everything that the report shows as JSON.")] = None,
 ) -> None:
     """Report the stability of one run."""
-    from bifusion_diag.diagnosis import assess_run
-    from bifusion_diag.record import load_run
+    from bifusion_diag.diagnosis import assess_run, load_measured
     from bifusion_diag.reports import print_run, write_run
 
-    record = load_run(run)
+    record = load_measured(run)
     assessment = assess_run(record)
     console = Console()
     print_run(console, assessment)

@@ -4,7 +4,7 @@ from bifusion_diag.diagnosis.compare import MeasurePair, RunAssessment, RunCompa
 from bifusion_diag.diagnosis.criteria import Criterion
 from bifusion_diag.diagnosis.definitions import DEFINITIONS, Definition, definition_of
 from bifusion_diag.diagnosis.findings import Evidence, Finding, Rule, Unmeasured
-from bifusion_diag.diagnosis.full import measure_record
+from bifusion_diag.diagnosis.full import load_measured, measure_record
 from bifusion_diag.diagnosis.measures import Measures, measure, measures_from_dict, measures_to_dict
 from bifusion_diag.diagnosis.modules import ModuleGradient, ModulePair
 from bifusion_diag.diagnosis.origins import Origin
@@ -46,6 +46,7 @@ __all__ = [
     "compare_runs",
     "definition_of",
     "find_spikes",
+    "load_measured",
     "measure",
     "measure_record",
     "measures_from_dict",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
 from functools import reduce
 
@@ -20,9 +21,11 @@ from bifusion_diag.diagnosis.restrict import cut_run, measure_on
 from bifusion_diag.diagnosis.rules import RULES
 from bifusion_diag.diagnosis.settings_diff import SettingGroup, diff_settings
 from bifusion_diag.diagnosis.thresholds import DEFAULT_THRESHOLDS, Thresholds
-from bifusion_diag.diagnosis.verdict import Verdict, judge_pair, judge_run
+from bifusion_diag.diagnosis.verdict import Verdict, ending_of, judge_pair, judge_run, with_ending
 from bifusion_diag.errors import UserError
 from bifusion_diag.record.schema import Run
+
+NAME_LENGTH = 64  # characters of a name in sentences and tables
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def assess_run(run: Run, thresholds: Thresholds = DEFAULT_THRESHOLDS) -> RunAsse
         raise UserError(
             f"run {run.header.name!r} recorded no step: there is nothing to report. Its status: {run.status}."
         )
-    return _assess(run, run.header.name, run.steps, None, thresholds)
+    return _assess(run, display_name(run), run.steps, None, thresholds)
 
 
 def compare_runs(baseline: Run, candidate: Run, thresholds: Thresholds = DEFAULT_THRESHOLDS) -> RunComparison:
@@ -129,7 +132,9 @@ def compare_runs(baseline: Run, candidate: Run, thresholds: Thresholds = DEFAULT
     return RunComparison(
         baseline=left,
         candidate=right,
-        verdict=judge_pair(names, (left.measures, right.measures), common, right.findings, thresholds),
+        verdict=with_ending(
+            judge_pair(names, (left.measures, right.measures), common, right.findings, thresholds), candidate
+        ),
         measures=_pair_measures(left.measures, right.measures),
         partings=find_partings((baseline, left.measures), (candidate, right.measures), common),
         first_loss_difference=first_loss_difference(baseline, candidate, common),
@@ -156,13 +161,24 @@ def _assess(
         criteria=judge(part, measures, baseline),
         findings=findings,
         unmeasured=unmeasured,
-        modules=module_gradients(run),
-        verdict=judge_run(name, measures, steps, findings, thresholds),
+        modules=module_gradients(part if part.names("grads/") else run),
+        verdict=with_ending(judge_run(name, measures, steps, findings, thresholds), run),
     )
 
 
+def display_name(run: Run) -> str:
+    """The run's name on one line, without control characters (they could reorder the text around it), cut if long."""
+    name = "".join(
+        " " if letter.isspace() else letter
+        for letter in run.header.name
+        if letter.isspace() or unicodedata.category(letter) not in ("Cc", "Cf", "Cs")
+    )
+    name = " ".join(name.split())
+    return name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH // 2]}…{name[-NAME_LENGTH // 2 + 1 :]}"
+
+
 def _distinct_names(baseline: Run, candidate: Run) -> tuple[str, str]:
-    left, right = baseline.header.name, candidate.header.name
+    left, right = display_name(baseline), display_name(candidate)
     return (left, right) if left != right else (f"{left} (baseline)", f"{right} (candidate)")
 
 
@@ -221,13 +237,8 @@ def _limits(baseline: Run, candidate: Run, common: NDArray[np.int64]) -> tuple[s
             limits.append(
                 f"The {word}'s record is reduced: curves by module show buckets of several steps with their extremes."
             )
-        if run.status in ("failed", "interrupted", "running"):
-            reason = {
-                "failed": "failed",
-                "interrupted": "was interrupted",
-                "running": "was cut short or is still going",
-            }
-            limits.append(f"The {word} {reason[run.status]} after step {run.steps[-1]}.")
+        if word == "baseline" and (ending := ending_of(run, "The baseline")):
+            limits.append(ending)
     only = {
         "baseline": sorted(set(baseline.header.probes) - set(candidate.header.probes)),
         "candidate": sorted(set(candidate.header.probes) - set(baseline.header.probes)),

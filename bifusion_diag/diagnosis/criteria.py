@@ -96,13 +96,16 @@ def _clean_epochs(run: Run) -> Criterion:
         reason = "the record does not tell how many scenes an epoch has"
         return Criterion(key, title, threshold, "not measured", NotMeasured(reason))
     bad = np.unique(np.concatenate([series.steps[series.nonfinite > 0] for series in losses]))
-    bounds = np.concatenate([[run.steps[0] - 1], bad, [run.steps[-1] + 1]])
-    longest = float(np.diff(bounds).max() - 1) / epoch
+    ends = np.unique(np.concatenate([series.last[series.nonfinite > 0] for series in losses]))  # of reduced buckets
+    starts = np.concatenate([bad, [run.steps[-1] + 1]])
+    longest = float((starts - np.concatenate([[run.steps[0] - 1], ends])).max() - 1) / epoch
     reading = Quantity(longest, "epochs")
     if longest >= CLEAN_EPOCHS:
         return Criterion(key, title, threshold, "pass", reading, "longest stretch without a non-finite loss")
     if bad.size:
-        note = f"longest stretch without a non-finite loss; non-finite at {bad.size} steps, first at step {bad[0]}"
+        first = min(series.stats.first_nonfinite_step or 0 for series in losses if series.stats.nonfinite)
+        count = f"{bad.size} steps, " if all(series.exact for series in losses) else ""
+        note = f"longest stretch without a non-finite loss; non-finite at {count}first at step {first}"
         return Criterion(key, title, threshold, "fail", reading, note)
     reason = f"clean so far, but the run has only {longest:.3g} epochs"
     return Criterion(key, title, threshold, "not measured", NotMeasured(reason))
@@ -121,8 +124,9 @@ def _norm_after_warm_up(run: Run) -> Criterion:
     nonfinite = int(norm.nonfinite[later].sum())
     if not finite.size and not nonfinite:
         return Criterion(key, title, threshold, "not measured", NotMeasured("no step after the warm-up"))
-    largest = float(finite.max()) if finite.size else math.inf
-    note = "largest norm after the warm-up" + (f"; {nonfinite} steps are non-finite" if nonfinite else "")
+    largest = float(finite.max()) if finite.size else math.nan
+    note = "largest norm after the warm-up" if finite.size else "no norm after the warm-up is finite"
+    note += f"; {nonfinite} steps are non-finite" if nonfinite else ""
     result: Literal["pass", "fail"] = "pass" if largest < GRAD_NORM_LIMIT and not nonfinite else "fail"
     return Criterion(key, title, threshold, result, Quantity(largest), note)
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bifusion_diag.diagnosis.measures import Measures, measure
+from bifusion_diag.diagnosis.measures import Measures, measure, measures_to_dict
+from bifusion_diag.diagnosis.names import is_exact
 from bifusion_diag.diagnosis.origins import rows_needed
+from bifusion_diag.record.load import load_run
 from bifusion_diag.record.reader import RecordReader
 from bifusion_diag.record.schema import Run, Series
 
@@ -59,3 +62,20 @@ def measure_record(reader: RecordReader) -> Measures:
     near_bad = dict(_Columns(reader, by_module, rows))
     traced = measure(dataclasses.replace(run, all_series={**run.all_series, **near_bad}))
     return dataclasses.replace(measures, origins=traced.origins)
+
+
+def load_measured(path: Path | str) -> Run:
+    """Read a run together with its measures at full resolution.
+
+    A long run that was killed never stored its measures: they are taken from its .record folder.
+
+    Args:
+        path: a run.json, or the .record folder of a run that was killed before it could write one.
+
+    Raises:
+        RecordError: as of :func:`bifusion_diag.record.load_run`.
+    """
+    run = load_run(path)
+    if is_exact(run) or not Path(path).is_dir():
+        return run
+    return dataclasses.replace(run, measures=measures_to_dict(measure_record(RecordReader(Path(path)))))

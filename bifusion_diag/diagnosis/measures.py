@@ -28,7 +28,8 @@ from bifusion_diag.diagnosis.quantity import (
 from bifusion_diag.diagnosis.spikes import MIN_PREVIOUS, find_spikes
 from bifusion_diag.record.schema import Run, Series
 
-LISTED_STEPS = 1000  # step lists keep so many, from the first on; the counts are always complete
+LISTED_STEPS = 1000  # step lists keep at most so many; the counts are always complete
+LISTED_LAST = 10  # of a longer list its last steps, so many: did the run recover? The others are its first
 
 _REDUCED = "the record is reduced and holds no measures at full resolution"
 
@@ -39,7 +40,7 @@ class Measures:
 
     Attributes:
         readings: by key, in the order of the definitions.
-        nonfinite: the non-finite steps, at most the first `LISTED_STEPS`.
+        nonfinite: the non-finite steps; of more than `LISTED_STEPS` the first ones and the last `LISTED_LAST`.
         spikes: the spikes, likewise.
         origins: where each of these steps starts; empty where that could not be traced.
     """
@@ -88,7 +89,7 @@ def measure(run: Run) -> Measures:
     unmeasured = NotMeasured("needs the gradient of every term; no probe in this record measures it")
     readings |= {"gradient_share": unmeasured, "gradient_cosine": unmeasured}
     readings |= _clip(run) | _projection(run) | _gate(run)
-    listed = tuple(nonfinite[:LISTED_STEPS].tolist()), tuple(spikes[:LISTED_STEPS].tolist())
+    listed = _listed(nonfinite), _listed(spikes)
     return Measures(_in_order(readings), *listed, trace_origins(run, *listed))
 
 
@@ -100,6 +101,12 @@ def nonfinite_steps(run: Run) -> NDArray[np.int64]:
     names = [TOTAL, NORM, *loss_terms(run).values()]
     steps = [series.steps[series.nonfinite > 0] for name in names if (series := run.series(name)) is not None]
     return np.unique(np.concatenate(steps)) if steps else np.zeros(0, np.int64)
+
+
+def _listed(steps: NDArray[np.int64]) -> tuple[int, ...]:
+    if steps.size > LISTED_STEPS:
+        steps = np.concatenate([steps[: LISTED_STEPS - LISTED_LAST], steps[-LISTED_LAST:]])
+    return tuple(steps.tolist())
 
 
 def _in_order(readings: dict[str, Reading]) -> dict[str, Reading]:

@@ -48,7 +48,8 @@ class Origin:
     def place(self) -> str | None:
         """The loss term or module that it starts in, in words; None where unknown."""
         if self.terms:
-            return "loss term " + ", ".join(self.terms)
+            *first, last = self.terms
+            return f"loss terms {', '.join(first)} and {last}" if first else f"loss term {last}"
         return self.module
 
 

@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from bifusion_diag.diagnosis.measures import Measures
+from bifusion_diag.diagnosis.measures import LISTED_LAST, LISTED_STEPS, Measures
 from bifusion_diag.diagnosis.names import NORM, TOTAL, table
 from bifusion_diag.record.schema import Run
 
@@ -77,6 +77,9 @@ def _one_sided(
     common: NDArray[np.int64],
 ) -> Parting | None:
     steps = sorted({*baseline} ^ {*candidate})
+    for listed in (baseline, candidate):
+        if len(listed) == LISTED_STEPS:  # no more may be known of what comes between
+            steps = [step for step in steps if step <= listed[-LISTED_LAST - 1]]
     step = next((step for step in steps if _holds(common, step)), None)
     if step is None:
         return None

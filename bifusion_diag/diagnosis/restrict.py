@@ -29,8 +29,8 @@ def measure_on(run: Run, steps: NDArray[np.int64]) -> Measures:
         return part
     readings: dict[str, Reading] = dict(part.readings)
     for key, reading in whole.readings.items():
-        if isinstance(reading, Quantity) and not isinstance(readings.get(key), Quantity):
-            readings[key] = _CANNOT_CUT
+        if not isinstance(readings.get(key), Quantity):
+            readings[key] = _CANNOT_CUT if isinstance(reading, Quantity) else reading
     bad = {*part.nonfinite, *part.spikes}
     return dataclasses.replace(
         part, readings=readings, origins=tuple(origin for origin in whole.origins if origin.step in bad)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +13,14 @@ from numpy.typing import NDArray
 
 from bifusion_diag.diagnosis.findings import Finding
 from bifusion_diag.diagnosis.measures import Measures
-from bifusion_diag.diagnosis.origins import Origin, most_common_place
-from bifusion_diag.diagnosis.quantity import Quantity
+from bifusion_diag.diagnosis.origins import most_common_place
+from bifusion_diag.diagnosis.quantity import NotMeasured, Quantity
 from bifusion_diag.diagnosis.thresholds import DEFAULT_THRESHOLDS, Thresholds
+from bifusion_diag.record.schema import Run
 
 State = Literal["stable", "less stable", "unstable", "not enough data"]
 LOST_STEPS = 10  # a run that ends with so many non-finite steps on end did not recover
+ERROR_LENGTH = 200  # characters of an error that the verdict shows
 CHANCE = 0.05  # one-sided level at which more bad steps than the baseline's are not put down to chance
 
 
@@ -48,11 +51,10 @@ def judge_run(
     """The verdict on one run by itself: stable, unstable, or not enough data."""
     state = state_of(measures, steps, thresholds)
     words = {"stable": "is stable", "unstable": "is unstable", "not enough data": "cannot be judged yet"}[state]
-    bad = _count(measures, "bad_steps")
-    sentence = f"{name} {words}: {_bad_in(bad, steps.size)}{_first(measures)}{_tail(measures)}."
+    sentence = f"{name} {words}: {_bad_in(measures, steps.size)}{_first(measures)}{_tail(measures)}"
     if state == "not enough data":
-        sentence = sentence[:-1] + f"; calling a run stable takes {thresholds.min_steps} steps."
-    return Verdict(state, sentence, _where(measures.origins), _remedy(findings))
+        sentence += _lacking(measures, steps.size, thresholds)
+    return Verdict(state, f"{sentence}.", _where(measures), _remedy(findings))
 
 
 def judge_pair(
@@ -82,8 +84,10 @@ def judge_pair(
     bad, bad_before = _count(candidate, "bad_steps"), _count(baseline, "bad_steps")
     own = state_of(candidate, steps, thresholds)
     chance = fisher_more(bad, bad_before, total)
-    lacking = bool(candidate.nonfinite and not baseline.nonfinite)
-    more = bad > bad_before and (own == "unstable" or chance < CHANCE)
+    counted = all(isinstance(one.readings.get("bad_steps"), Quantity) for one in measures)
+    known = isinstance(baseline.readings.get("first_nonfinite_step"), Quantity)
+    lacking = bool(candidate.nonfinite and known and not baseline.nonfinite)
+    more = counted and bad > bad_before and (own == "unstable" or chance < CHANCE)
     state: State = own
     if _is_lost(candidate, steps):
         state = "unstable"
@@ -95,14 +99,14 @@ def judge_pair(
         "unstable": "is unstable",
         "not enough data": f"cannot be judged against {names[0]} yet",
     }[state]
-    counts = f"{_bad_in(bad, total)} (baseline {bad_before})"
-    sentence = f"{names[1]} {words}: {counts}{_first(candidate)}{_tail(candidate, baseline)}."
+    counts = f"{_bad_in(candidate, total)} (baseline {_bad(baseline)})"
+    sentence = f"{names[1]} {words}: {counts}{_first(candidate)}{_tail(candidate, baseline)}"
     if state == "not enough data":
-        sentence = sentence[:-1] + f"; calling a run stable takes {thresholds.min_steps} steps."
-    detail = _where(candidate.origins)
-    if bad > bad_before and not lacking and chance >= CHANCE:
+        sentence += _lacking(candidate, total, thresholds)
+    detail = _where(candidate)
+    if counted and bad > bad_before and not lacking and chance >= CHANCE:
         detail += f" So few more bad steps than the baseline's may be chance (p = {chance:.2g})."
-    return Verdict(state, sentence, detail.strip(), _remedy(findings))
+    return Verdict(state, f"{sentence}.", detail.strip(), _remedy(findings))
 
 
 def state_of(
@@ -143,8 +147,31 @@ def _count(measures: Measures, key: str) -> int:
     return int(number) if number is not None else len(measures.bad if key == "bad_steps" else measures.nonfinite)
 
 
-def _bad_in(bad: int, total: int) -> str:
-    return f"{bad or 'no'} bad step{'' if bad == 1 else 's'} in {total}"
+def _bad(measures: Measures) -> str:
+    """How many steps are bad; of a reduced record at least as many as its buckets show."""
+    reading = measures.readings.get("bad_steps")
+    if isinstance(reading, Quantity) and reading.value is not None:
+        return f"{int(reading.value)}"
+    return f"at least {len(measures.bad)}" if measures.bad else "not measured"
+
+
+def _bad_in(measures: Measures, total: int) -> str:
+    bad = _bad(measures)
+    if bad == "not measured":
+        reading = measures.readings.get("bad_steps")
+        reason = f" ({reading.reason})" if isinstance(reading, NotMeasured) else ""
+        return f"its bad steps are not measured{reason}"
+    return f"{'no' if bad == '0' else bad} bad step{'' if bad in ('1', 'at least 1') else 's'} in {total}"
+
+
+def _lacking(measures: Measures, total: int, thresholds: Thresholds) -> str:
+    """What a run that cannot be judged lacks."""
+    if total < thresholds.min_steps:
+        return f"; calling a run stable takes {thresholds.min_steps} steps"
+    spikes = measures.readings.get("spikes")
+    if isinstance(spikes, NotMeasured) and _bad(measures) != "not measured":
+        return f"; spikes are not measured ({spikes.reason})"
+    return ""
 
 
 def _first(measures: Measures) -> str:
@@ -161,14 +188,38 @@ def _tail(measures: Measures, baseline: Measures | None = None) -> str:
     return f"; 99 % of its gradient norms are below {tail.value:.3g}{compared}"
 
 
-def _where(origins: Sequence[Origin]) -> str:
+def _where(measures: Measures) -> str:
+    origins = measures.origins
     place = most_common_place(origins)
     if place is None:
         return ""
     where, count = place
     scenes = [origin.scenes for origin in origins if origin.place == where and origin.scenes]
+    if len(origins) == 1:
+        return f"It starts in {where}{', on ' + ', '.join(scenes[0]) if scenes else ''}."
     named = f", the first on {', '.join(scenes[0])}" if scenes else ""
-    return f"{count} of {len(origins)} start in {where}{named}."
+    traced = f"the {len(origins)} that were traced" if _count(measures, "bad_steps") > len(origins) else len(origins)
+    return f"{count} of {traced} start{'s' if count == 1 else ''} in {where}{named}."
+
+
+def with_ending(verdict: Verdict, run: Run) -> Verdict:
+    """The verdict of a run that did not end by itself says so first."""
+    ending = ending_of(run, "It")
+    return dataclasses.replace(verdict, detail=f"{ending} {verdict.detail}".strip()) if ending else verdict
+
+
+def ending_of(run: Run, subject: str) -> str:
+    """How a run ended that did not complete, in a sentence; "" of a completed one."""
+    how = {
+        "failed": "failed",
+        "interrupted": "was interrupted",
+        "running": "was cut short or is still going",
+    }.get(run.status)
+    if how is None:
+        return ""
+    lines = (run.error or "").strip().splitlines()
+    error = f": {lines[0][:ERROR_LENGTH].rstrip('.')}" if lines else ""
+    return f"{subject} {how} after step {run.steps[-1]}{error}."
 
 
 def _remedy(findings: Sequence[Finding]) -> Mapping[str, Any] | None:

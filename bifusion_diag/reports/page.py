@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from bifusion_diag.diagnosis.compare import RunAssessment, RunComparison
@@ -11,6 +12,7 @@ from bifusion_diag.diagnosis.criteria import Criterion
 from bifusion_diag.diagnosis.definitions import DEFINITIONS, definition_of, member_of
 from bifusion_diag.diagnosis.findings import Finding, Unmeasured
 from bifusion_diag.diagnosis.modules import ModuleGradient, ModulePair
+from bifusion_diag.diagnosis.names import is_exact, loss_terms
 from bifusion_diag.diagnosis.parting import Parting
 from bifusion_diag.diagnosis.quantity import NotMeasured, Reading
 from bifusion_diag.diagnosis.settings_diff import ABSENT, flatten
@@ -37,7 +39,10 @@ _FACTS = ("data", "labels", "clip_weights")
 
 @dataclass(frozen=True)
 class MeasureRow:
-    """One line of the table of measures: one reading a run, one ratio to the baseline's a candidate."""
+    """One line of the table of measures: one reading a run, one ratio to the baseline's a candidate.
+
+    `definition` is "" where it is that of the line above.
+    """
 
     title: str
     readings: tuple[Reading, ...]
@@ -228,7 +233,11 @@ def _setting_tables(runs: Sequence[Run]) -> list[SettingTable]:
 def _pair_table(pairs: Sequence[ModulePair], baseline: str, candidate: str) -> ModuleTable:
     head = ("module", baseline, candidate, "ratio", "largest", "non-finite steps", f"state in {candidate}")
     rows = [_pair_row(pair) for pair in pairs[:MODULE_ROWS]]
-    return ModuleTable(f"Modules of both {baseline} and {candidate}, worst first", head, rows, len(pairs) - len(rows))
+    title = (
+        f"Median gradient norm of the modules of both {baseline} and {candidate}, non-finite first, then by ratio; "
+        f"the last three columns are of {candidate}"
+    )
+    return ModuleTable(title, head, rows, len(pairs) - len(rows))
 
 
 def run_page(assessment: RunAssessment, run: Run) -> Page:
@@ -249,10 +258,12 @@ def run_page(assessment: RunAssessment, run: Run) -> Page:
             Judged(assessment.name, assessment.verdict, (), None, _with_sparks(run, assessment), assessment.unmeasured)
         ],
         facts=_facts([assessment.name], [run]),
-        limits=[],
+        limits=["The record is reduced: curves by module show buckets of several steps."] if not is_exact(run) else [],
         timeline=draw_timeline([trace]),
         heatmap=draw_heatmap([trace]),
-        modules=[ModuleTable("Modules in execution order", head, rows, len(assessment.modules) - len(rows))],
+        modules=[
+            ModuleTable("Gradient norm by module, in execution order", head, rows, len(assessment.modules) - len(rows))
+        ],
         why=why,
         why_gaps=gaps,
         criteria=[(criterion,) for criterion in assessment.criteria],
@@ -267,7 +278,7 @@ def _why(traces: Sequence[Trace]) -> tuple[list[Plot], list[str]]:
     plots: list[Plot] = []
     gaps: list[str] = []
     kinds = (
-        ("terms", draw_terms, "the losses by term (probe losses)"),
+        ("terms", partial(draw_terms, colours=_term_colours(traces)), "the losses by term (probe losses)"),
         ("clip", draw_clip_ranges, "the CLIP features (probe clip)"),
         ("projection", draw_projection, "the projection (probe projection)"),
         ("alpha", draw_alpha, "the gate (probe gate)"),
@@ -281,6 +292,12 @@ def _why(traces: Sequence[Trace]) -> tuple[list[Plot], list[str]]:
     return plots, gaps
 
 
+def _term_colours(traces: Sequence[Trace]) -> dict[str, str]:
+    """One colour a loss term, the same in every run."""
+    terms = dict.fromkeys(term for trace in traces for term in loss_terms(trace.run, "weighted"))
+    return {term: CATEGORY[place % len(CATEGORY)] for place, term in enumerate(terms)}
+
+
 def _facts(names: Sequence[str], runs: Sequence[Run]) -> list[tuple[str, str]]:
     """Provenance that the first screen states, one text where the runs agree."""
     facts: list[tuple[str, str]] = []
@@ -292,7 +309,13 @@ def _facts(names: Sequence[str], runs: Sequence[Run]) -> list[tuple[str, str]]:
         else:
             facts += [(f"{_words(key)}, {name}", value) for name, value in values if value]
     for name, run in zip(names, runs, strict=True):
-        facts.append((name, f"{len(run.steps)} steps" + ("" if run.status == "completed" else f", {run.status}")))
+        facts.append(
+            (
+                name,
+                f"{text(len(run.steps), whole=True)} step{'s' if len(run.steps) != 1 else ''}"
+                + ("" if run.status == "completed" else f", {run.status}"),
+            )
+        )
     return facts
 
 
@@ -341,6 +364,12 @@ def _groups(rows: Iterable[tuple[str, MeasureRow]]) -> list[MeasureGroup]:
     groups = {definition.group: MeasureGroup(definition.group, []) for definition in DEFINITIONS}
     for key, row in rows:
         groups[definition_of(key).group].rows.append(row)
+    for group in groups.values():
+        said = [row.definition for row in group.rows]
+        group.rows[:] = [
+            replace(row, definition="") if place and said[place - 1] == row.definition else row
+            for place, row in enumerate(group.rows)
+        ]
     return [group for group in groups.values() if group.rows]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from bifusion_diag.reports.palette import BAND, INK, PAPER, QUIET, RULE, VARIABLES
+from bifusion_diag.reports.palette import BAND, INK, QUIET, RULE, VARIABLES
 
 WIDTH = 10.4  # inches; 72 units of the SVG's viewBox an inch
 LEFT, RIGHT = 0.075, 0.855  # of every plot over time, so that they line up; labels stand right of the lines
@@ -105,7 +106,9 @@ def render(figure: Figure, name: str, alt: str) -> str:
     """The figure as an SVG element whose ids begin with `name`."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(buffer, format="svg", metadata=nothing)
+    with warnings.catch_warnings():  # texts stay text: the browser has the glyphs that matplotlib's font lacks
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+        figure.savefig(buffer, format="svg", metadata=nothing)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
@@ -186,11 +189,6 @@ def end_labels(axes: Axes, labels: Sequence[tuple[str, float, str]], gap: float 
 def title(axes: Axes, text: str) -> None:
     """A panel's title, above its left end."""
     axes.set_title(text, fontweight="bold", color=INK, pad=5)
-
-
-def halo() -> dict[str, Any]:
-    """Box of the paper's colour behind a text on a plot."""
-    return {"facecolor": PAPER, "edgecolor": "none", "pad": 1.2, "alpha": 0.85}
 
 
 def shade(axes: Axes, low: float, high: float) -> None:

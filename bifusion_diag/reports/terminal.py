@@ -111,6 +111,14 @@ def _value(reading: Reading) -> Text:
     return Text(reading_text(reading), style="dim" if isinstance(reading, NotMeasured) else "")
 
 
+def _unit(reading: Quantity) -> str:
+    return f" {reading.unit}" if reading.unit and reading.value is not None else ""
+
+
 def _result(criterion: Criterion) -> Text:
-    number = "" if isinstance(criterion.reading, NotMeasured) else f" ({reading_text(criterion.reading)})"
+    number = (
+        ""
+        if isinstance(criterion.reading, NotMeasured)
+        else f" ({reading_text(criterion.reading)}{_unit(criterion.reading)})"
+    )
     return Text(criterion.result + number, style=_RESULT_STYLE[criterion.result])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,18 @@ import numpy as np
 import pytest
 from scipy.stats import hypergeom
 
-from bifusion_diag.diagnosis import NotMeasured, assess_run, compare_runs, measure, measure_record, to_plain
+from bifusion_diag.diagnosis import (
+    Finding,
+    NotMeasured,
+    Quantity,
+    RunAssessment,
+    assess_run,
+    compare_runs,
+    load_measured,
+    measure,
+    measure_record,
+    to_plain,
+)
 from bifusion_diag.diagnosis.verdict import fisher_more
 from bifusion_diag.errors import UserError
 from bifusion_diag.record import RecordReader, RunHeader, RunWriter, load_run
@@ -221,3 +234,136 @@ def test_more_spikes_than_a_clean_baseline_are_less_stable_though_it_may_be_chan
     assert comparison.verdict.state == "less stable"
     assert "p = 0.25" in comparison.verdict.detail
     assert compare_runs(make_run(series), make_run(series)).verdict.state == "unstable"
+
+
+def test_a_killed_long_run_is_measured_at_full_resolution(tmp_path: Path) -> None:
+    steps = 20_000
+    norm = np.random.default_rng(0).lognormal(0, 0.2, steps)
+    norm[[900, 15_000]] *= 60
+    norm[18_000:] = np.nan
+    loss = np.random.default_rng(1).lognormal(0, 0.2, steps)
+    loss[5000:5010] = np.nan
+    columns = {"train/grad_norm": norm, "loss/total": loss, "loss/a/raw": loss} | _many(steps)
+    with RunWriter(tmp_path / "whole.json", RunHeader("killed")) as writer:
+        writer.append(np.arange(steps), columns, {})
+        killed = tmp_path / "killed.record"
+        shutil.copytree(writer.folder, killed)
+    assert not load_run(killed).series("train/grad_norm").exact  # type: ignore[union-attr]
+
+    assessment = assess_run(load_measured(killed))
+    assert assessment.measures.number("bad_steps") == 2012
+    assert "2012 bad steps in 20000, first at step 900" in assessment.verdict.sentence
+    assert "was cut short or is still going after step 19999" in assessment.verdict.detail
+    whole = load_measured(killed)
+    assert compare_runs(whole, whole).verdict.state == "unstable"  # its end is lost, though lists of steps are bounded
+    counts = {finding.rule: finding.evidence[2].reading for finding in assessment.findings if finding.term == "a"}
+    assert counts["nonfinite-loss"] in (Quantity(10, "steps"), NotMeasured("no gradient norm of these steps"))
+
+
+def _many(steps: int) -> dict[str, np.ndarray]:
+    """So many series that a record of them is reduced."""
+    values = np.random.default_rng(2).lognormal(0, 0.2, (20, steps))
+    return {f"train/extra_{index}": row for index, row in enumerate(values)}
+
+
+def test_a_reduced_record_without_measures_states_no_count(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    steps = 20_000
+    norm = np.random.default_rng(0).lognormal(0, 0.2, steps)
+    norm[3000:4000] = np.nan
+    path = tmp_path / "bare.json"
+    with RunWriter(path, RunHeader("bare")) as writer:
+        loss = np.random.default_rng(1).lognormal(0, 0.2, steps)
+        writer.append(np.arange(steps), {"train/grad_norm": norm, "loss/total": loss} | _many(steps), {})
+        writer.finish("completed", measures={})
+    run = load_run(path)
+    assert not run.series("train/grad_norm").exact  # type: ignore[union-attr]
+    assessment = assess_run(run)
+    assert "at least" in assessment.verdict.sentence
+    reasons = {gap.rule: gap.reason for gap in assessment.unmeasured}
+    assert "holds no origins" in reasons["nonfinite-gradient"]
+    short = make_run({"train/grad_norm": np.ones(100), "loss/total": np.ones(100)}, name="short")
+    verdict = compare_runs(short, run).verdict
+    assert "its bad steps are not measured (the record is reduced" in verdict.sentence
+    assert "no bad step" not in verdict.sentence
+
+
+def test_what_was_not_recorded_is_not_called_clean(make_run: Callable[..., Run]) -> None:
+    bare = make_run({"train/lr": np.ones(120)}, name="bare")
+    lossy = make_run({"loss/total": np.where(np.arange(120) == 7, np.nan, 1.0)}, name="lossy")
+    assert "its bad steps are not measured" in assess_run(bare).verdict.sentence
+    verdict = compare_runs(bare, lossy).verdict
+    assert (verdict.state, "(baseline not measured)" in verdict.sentence) == ("unstable", True)
+    quiet = make_run({"loss/total": np.ones(120)}, name="quiet")
+    sentence = assess_run(quiet).verdict.sentence
+    assert "spikes are not measured (train/grad_norm was not recorded)" in sentence
+    assert "takes 50 steps" not in sentence
+    gaps = [finding.evidence[2].reading for finding in assess_run(_with_term(make_run)).findings]
+    assert gaps == [NotMeasured("no gradient norm of these steps")]
+
+
+def _with_term(make_run: Callable[..., Run]) -> Run:
+    loss = np.where(np.arange(120) == 7, np.nan, 1.0)
+    return make_run({"loss/total": loss, "loss/a/raw": loss})
+
+
+def test_the_verdict_says_that_a_run_failed_and_with_what_error(make_run: Callable[..., Run]) -> None:
+    series = {"train/grad_norm": np.ones(80), "loss/total": np.ones(80)}
+    good = make_run(series, name="good")
+    dead = make_run(series, name="dead", status="failed", error="OutOfMemoryError: 12 GiB\nTraceback ...")
+    ending = "It failed after step 79: OutOfMemoryError: 12 GiB."
+    assert compare_runs(good, dead).verdict.detail.startswith(ending)
+    assert assess_run(dead).verdict.detail.startswith(ending)
+    assert "The baseline failed after step 79: OutOfMemoryError: 12 GiB." in compare_runs(dead, good).limits
+
+
+def test_the_finding_of_spikes_says_what_the_loss_does(make_run: Callable[..., Run]) -> None:
+    norm = np.random.default_rng(0).lognormal(0, 0.1, 120)
+    norm[[70, 90]] *= 50
+    rises = np.where(np.isin(np.arange(120), [90]), 2.5, 1.0)
+    with_loss = assess_run(make_run({"train/grad_norm": norm, "loss/total": rises}))
+    alone = assess_run(make_run({"train/grad_norm": norm, "loss/total": np.ones(120)}))
+    unknown = assess_run(make_run({"train/grad_norm": norm}))
+    told = [_spike_finding(one).mechanism for one in (with_loss, alone, unknown)]
+    assert "at 1 of 2 it rises too" in told[0]
+    assert "does not rise" in told[1]
+    assert told[2] == ""
+
+
+def test_a_module_that_grew_most_is_not_said_to_have_jumped(make_run: Callable[..., Run]) -> None:
+    norm = np.random.default_rng(0).lognormal(0, 0.1, 120)
+    norm[70] *= 50
+    module = np.ones(120)
+    module[70] = 3
+    series = {"train/grad_norm": norm, "grads/m/state": np.full(120, 3), "grads/m/param_norm": module}
+    mechanism = _spike_finding(assess_run(make_run(series, modules=["m"]))).mechanism
+    assert "m is the module whose gradient grew most; no module's grew more than 8 ×" in mechanism
+
+
+def _spike_finding(assessment: RunAssessment) -> Finding:
+    return next(finding for finding in assessment.findings if finding.rule == "gradient-spike")
+
+
+def test_modules_are_compared_over_the_common_steps(make_run: Callable[..., Run]) -> None:
+    def run(name: str, steps: int) -> Run:
+        norm = np.where(np.arange(steps) < 60, 1.0, 100.0)
+        series = {"train/grad_norm": norm, "grads/m/state": np.full(steps, 3), "grads/m/param_norm": norm}
+        return make_run(series, name=name, modules=["m"])
+
+    (pair,) = compare_runs(run("long", 200), run("short", 60)).modules
+    assert (pair.baseline.median, pair.candidate.median, pair.ratio) == (1, 1, 1)
+
+
+def test_names_cannot_reorder_or_flood_the_verdict(make_run: Callable[..., Run]) -> None:
+    run = make_run({"train/grad_norm": np.ones(80)}, name="a\u202eb\n\x1b[31m" + "x" * 300)
+    sentence = assess_run(run).verdict.sentence
+    assert sentence.startswith("ab [31mxxx")
+    assert len(sentence) < 200
+    assert "\u202e" not in sentence
+
+
+def test_a_criterion_without_a_finite_norm_shows_no_infinity(make_run: Callable[..., Run]) -> None:
+    series = {"train/grad_norm": np.full(80, np.nan), "loss/total": np.ones(80)}
+    judged = {criterion.key: criterion for criterion in assess_run(make_run(series)).criteria}
+    assert judged["grad_norm"].result == "fail"
+    assert math.isnan(judged["grad_norm"].reading.value)  # type: ignore[union-attr, arg-type]
+    assert "no norm after the warm-up is finite" in judged["grad_norm"].note

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from bifusion_diag.diagnosis import assess_run, compare_runs
 from bifusion_diag.errors import UserError
 from bifusion_diag.record.schema import Event, Run
 from bifusion_diag.reports import render_comparison, render_run, write_comparison, write_run
+from bifusion_diag.reports.page import comparison_page
+from bifusion_diag.reports.palette import ACCENT
+from bifusion_diag.reports.plots import Trace, draw_timeline
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
 
@@ -151,3 +155,26 @@ def test_an_unwritable_place_is_the_user_s_error(tmp_path: Path, baseline: Run) 
         write_run(assessment, baseline, html=tmp_path / "folder.html")
     with pytest.raises(UserError, match="two different files"):
         write_run(assessment, baseline, html=tmp_path / "a", json=tmp_path / "a")
+
+
+def test_definitions_units_and_term_colours(baseline: Run, candidate: Run) -> None:
+    page = comparison_page([compare_runs(baseline, candidate)], baseline, [candidate])
+    for group in page.measures:
+        said = [row.definition for row in group.rows]
+        assert said[0]
+        assert not any(mine and mine == before for before, mine in pairwise(said))
+    html = render_comparison([compare_runs(baseline, candidate)], baseline, [candidate])
+    assert re.search(r">fail</span>: 3 steps", html)
+    colours = {plot.name: plot.svg for plot in page.why if plot.name.startswith("terms")}
+    assert set(colours) == {"terms0", "terms1"}
+    for term in ("semantic", "instance"):
+        found = {re.search(rf'fill: ([^;"]+)[^>]*>{term}<', svg).group(1) for svg in colours.values()}  # type: ignore[union-attr]
+        assert len(found) == 1
+
+
+def test_the_rug_counts_all_bad_steps(writer: Callable[..., Run], tmp_path: Path) -> None:
+    run = writer(tmp_path / "r.json", name="r", preset="bifusion", steps=1600, nan_steps=tuple(range(100, 1500)))
+    assessment = assess_run(run)
+    plot = draw_timeline([Trace(run, assessment.measures, "r", ACCENT)])
+    assert "1\u202f400 bad steps" in plot.svg
+    assert "1\u202f400 bad steps" in plot.alt

@@ -20,7 +20,7 @@ def test_a_comparison_fits_a_screen_and_says_what_the_page_says(baseline: Run, c
     assert len(output.splitlines()) <= 40
     assert comparison.verdict.sentence in " ".join(output.split())
     assert "The runs part at step 141" in output
-    assert "fail (3)" in output
+    assert "fail (3 steps)" in output
     assert "not measured" in output
 
 

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from bifusion_diag.diagnosis.criteria import ALPHA_BAND
-from bifusion_diag.diagnosis.names import CLIP_PLACES
+from bifusion_diag.diagnosis.names import CLIP_PLACES, loss_terms
 from bifusion_diag.record.schema import Run, Series
 from bifusion_diag.reports.numbers import text
 from bifusion_diag.reports.palette import ACCENT, BASELINE, CATEGORY, NON_FINITE, RULE
@@ -21,7 +21,6 @@ from bifusion_diag.reports.svg import (
     Plot,
     drawing,
     end_labels,
-    halo,
     log_axis,
     render,
     time_axis,
@@ -184,26 +183,25 @@ def draw_alpha(trace: Trace, name: str) -> Plot | None:
         axes.imshow(picture, extent=extent, origin="lower", aspect="auto", interpolation="none")
         axes.axhline(ALPHA_BAND[0], color=ACCENT, linewidth=1, linestyle=(0, (4, 3)))
         axes.axhline(ALPHA_BAND[1], color=ACCENT, linewidth=1, linestyle=(0, (4, 3)))
-        labels = [("band of the", 0.53, ACCENT), (f"documents [{ALPHA_BAND[0]}, {ALPHA_BAND[1]}]", 0.45, ACCENT)]
+        labels = [(f"band [{ALPHA_BAND[0]}, {ALPHA_BAND[1]}]", ALPHA_BAND[1], ACCENT)]
         mean = trace.run.series("gate/mean")
         if mean is not None:
             x, y = line(mean)
             axes.plot(x, y, color=ACCENT, linewidth=1.5)
-            axes.text(
-                x[len(x) // 12], y[len(x) // 12] + 0.05, "mean α", color=ACCENT, bbox=halo(), fontsize=8.5, va="bottom"
-            )
+            finite = y[np.isfinite(y)]
+            labels.append(("mean α", float(finite[-1]) if finite.size else float("nan"), ACCENT))
         time_limits(axes, first, last + 1)
         axes.set_ylim(0, 1)
         axes.set_ylabel("α")
         axes.set_xlabel("step")
-        for words, height, colour in labels:
-            axes.text(1.008, height, words, color=colour, transform=axes.transAxes, va="center", fontsize=8.5)
+        end_labels(axes, labels)
         number = trace.measures.number("gate/mean")
         alt = f"Histogram of α over time, {trace.label}: mean {text(number)}."
         return Plot(
             name,
             f"α over time, {trace.label}",
-            "α is the weight of the 2D feature. Darker: more points.",
+            "α is the weight of the 2D feature. Stronger ink: more points. Line: mean of each step. "
+            "Dashed: the band of the documents for the mean.",
             alt,
             render(figure, name, alt),
             time_axis(axes),
@@ -211,22 +209,32 @@ def draw_alpha(trace: Trace, name: str) -> Plot | None:
         )
 
 
-def draw_terms(trace: Trace, name: str) -> Plot | None:
-    """Weighted loss terms over time; None where the losses were not recorded by term."""
-    names = [key for key in trace.run.names("loss/") if key.endswith("/weighted")]
-    if not names:
+def draw_terms(trace: Trace, name: str, *, colours: Mapping[str, str] | None = None) -> Plot | None:
+    """Weighted loss terms over time; None where the losses were not recorded by term.
+
+    Args:
+        trace: the run.
+        name: of the plot.
+        colours: by term, where it is not the run's own order that gives them.
+    """
+    terms = loss_terms(trace.run, "weighted")
+    if not terms:
         return None
+    colours = colours or {term: CATEGORY[place % len(CATEGORY)] for place, term in enumerate(terms)}
+    stats = {term: trace.run.all_series[key].stats for term, key in terms.items()}
+    zero = [term for term, one in stats.items() if one.min == one.max == 0 and not one.nonfinite]
+    drawn = [term for term in terms if term not in zero] or list(terms)
     with drawing(2.9) as figure:
         axes = figure.add_axes((LEFT, 0.16, RIGHT - LEFT, 0.75))
         labels = []
-        for index, key in enumerate(names):
-            series, colour = trace.run.all_series[key], CATEGORY[index % len(CATEGORY)]
+        for term in drawn:
+            series, colour = trace.run.all_series[terms[term]], colours[term]
             smooth = running_median(series.value)
             axes.plot(*line(series), color=colour, linewidth=0.5, alpha=0.35)
             axes.plot(*min_max(series.steps, smooth), color=colour, linewidth=1.4)
             finite = smooth[np.isfinite(smooth)]
-            labels.append((key.split("/")[1], float(finite[-1]) if finite.size else float("nan"), colour))
-        if all((trace.run.all_series[key].stats.min or 0) > 0 for key in names):
+            labels.append((term, float(finite[-1]) if finite.size else float("nan"), colour))
+        if all((stats[term].min or 0) > 0 for term in drawn):
             axes.set_yscale("log")
             log_axis(axes.yaxis)
         time_limits(axes, int(trace.run.steps[0]), int(trace.run.steps[-1]))
@@ -234,13 +242,14 @@ def draw_terms(trace: Trace, name: str) -> Plot | None:
         axes.set_xlabel("step")
         axes.set_ylabel("weighted loss")
         end_labels(axes, labels, gap=0.075)
-        shares = {key.split("/")[1]: trace.measures.number(f"loss_share/{key.split('/')[1]}") for key in names}
+        shares = {term: trace.measures.number(f"loss_share/{term}") for term in terms}
         told = ", ".join(f"{term} {text(share)}" for term, share in shares.items() if share is not None)
+        left_out = f" Not drawn, as zero at every step: {', '.join(zero)}." if zero and zero != drawn else ""
         alt = f"Weighted loss terms of {trace.label}; mean shares: {told}."
         return Plot(
             name,
             f"Loss terms, {trace.label}",
-            f"Weighted terms; bold: running median over 21 steps. Mean shares of the loss: {told}.",
+            f"Weighted terms; bold: running median over 21 steps. Mean shares of the loss: {told}.{left_out}",
             alt,
             render(figure, name, alt),
             time_axis(axes),

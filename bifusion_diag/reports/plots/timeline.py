@@ -82,9 +82,8 @@ def _draw_rug(axes: Axes, traces: Sequence[Trace]) -> None:
     for row, trace in enumerate(traces):
         for steps, colour, width in ((trace.measures.spikes, SPIKE, 1.4), (trace.measures.nonfinite, NON_FINITE, 1.6)):
             axes.vlines(steps, row + 0.12, row + 0.88, color=colour, linewidth=width)
-        count = len(trace.measures.bad)
         axes.text(
-            1.008, row + 0.5, f"{count or 'no'} bad step{'' if count == 1 else 's'}", color=trace.colour, va="center",
+            1.008, row + 0.5, _bad_steps(trace), color=trace.colour, va="center",
             transform=axes.get_yaxis_transform(),
         )  # fmt: skip
     axes.hlines(range(1, len(traces)), 0, 1, color=RULE, linewidth=0.5, transform=axes.get_yaxis_transform())
@@ -92,6 +91,15 @@ def _draw_rug(axes: Axes, traces: Sequence[Trace]) -> None:
     axes.set_yticks([])
     axes.tick_params(bottom=False, labelbottom=False)
     axes.spines[:].set_visible(False)
+
+
+def _bad_steps(trace: Trace) -> str:
+    """How many steps are bad, in words; the lists of steps end where the count does not."""
+    count = trace.measures.number("bad_steps")
+    if count is None:
+        listed = len(trace.measures.bad)
+        return f"at least {listed} bad" if listed else "bad steps: not measured"
+    return f"{text(count, whole=True) if count else 'no'} bad step{'' if count == 1 else 's'}"
 
 
 def _draw_lines(axes: Axes, traces: Sequence[Trace], name: str) -> None:
@@ -139,8 +147,7 @@ def _last(run: Run, name: str) -> float:
 
 def _alt(traces: Sequence[Trace]) -> str:
     parts = [
-        f"{trace.label}: {len(trace.measures.bad)} bad steps, largest gradient norm "
-        f"{text(trace.measures.number('grad_norm/max'))}"
+        f"{trace.label}: {_bad_steps(trace)}, largest gradient norm {text(trace.measures.number('grad_norm/max'))}"
         for trace in traces
     ]
     return "Losses and pre-clip gradient norm over time. " + "; ".join(parts) + "."
