@@ -113,12 +113,16 @@ class Judged:
 
 @dataclass(frozen=True)
 class Page:
-    """Everything the template reads. `names` has the baseline first, `judged` one entry a judged run."""
+    """Everything the template reads. `names` has the baseline first, `judged` one entry a judged run.
+
+    `baseline_findings` are those of a comparison's baseline: that it is stable is to be seen, not taken for granted.
+    """
 
     title: str
     compared: bool
     names: tuple[str, ...]
     judged: list[Judged]
+    baseline_findings: tuple[Finding, ...]
     facts: list[tuple[str, str]]
     limits: list[str]
     timeline: Plot
@@ -159,6 +163,7 @@ def comparison_page(comparisons: Sequence[RunComparison], baseline: Run, candida
             )
             for name, run, comparison in zip(names[1:], candidates, comparisons, strict=True)
         ],
+        baseline_findings=first.findings,
         facts=_facts(names, runs),
         limits=_limits(comparisons, names),
         timeline=draw_timeline(traces),
@@ -257,6 +262,7 @@ def run_page(assessment: RunAssessment, run: Run) -> Page:
         judged=[
             Judged(assessment.name, assessment.verdict, (), None, _with_sparks(run, assessment), assessment.unmeasured)
         ],
+        baseline_findings=(),
         facts=_facts([assessment.name], [run]),
         limits=["The record is reduced: curves by module show buckets of several steps."] if not is_exact(run) else [],
         timeline=draw_timeline([trace]),

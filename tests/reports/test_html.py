@@ -178,3 +178,10 @@ def test_the_rug_counts_all_bad_steps(writer: Callable[..., Run], tmp_path: Path
     plot = draw_timeline([Trace(run, assessment.measures, "r", ACCENT)])
     assert "1\u202f400 bad steps" in plot.svg
     assert "1\u202f400 bad steps" in plot.alt
+
+
+def test_findings_of_the_baseline_are_told_too(baseline: Run, candidate: Run) -> None:
+    html = render_comparison([compare_runs(candidate, baseline)], candidate, [baseline])
+    told = html[html.index("In the baseline bifusion-fragile") : html.index("Where: gradients by module")]
+    assert "error: Loss term instance is non-finite, first at step 233." in told
+    assert "In the baseline" not in render_run(assess_run(baseline), baseline)
