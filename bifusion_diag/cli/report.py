@@ -22,6 +22,7 @@ def report(
     assessment = assess_run(record)
     console = Console()
     print_run(console, assessment)
-    page = html or run.with_name(f"{run.stem}.report.html")
+    where = run if run.name else run.absolute()  # "." has no name
+    page = html or where.with_name(f"{where.stem}.report.html")
     for path in write_run(assessment, record, html=page, json=json):
         console.print(f"report: {path}", soft_wrap=True, highlight=False)

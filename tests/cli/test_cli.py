@@ -69,6 +69,15 @@ def test_report_of_one_run_lands_beside_it_and_leaves_the_record_alone(
     assert records[0].read_bytes() == before
 
 
+def test_report_of_the_record_folder_that_one_stands_in(
+    records: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = records[1].with_name("bifusion.report.html")
+    monkeypatch.chdir(records[1].with_suffix(".record"))
+    code, text = command(monkeypatch, capsys, "report", ".")
+    assert (code, page.is_file()) == (0, True), text
+
+
 def test_presets_are_listed_and_one_can_be_printed_as_a_config(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
