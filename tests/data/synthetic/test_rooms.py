@@ -99,6 +99,7 @@ def test_more_point_views_than_images_leave_points_unseen():
     assert min(overlap) > 0, "neighbouring views share points"
     alone = rooms(views=3, point_views=1)[0]
     assert alone.images.shape[0] == 3
+    assert visible(alone, 1, epsilon=1e-4)[0].all(), "the points are from the middle view"
 
 
 FLAWS = list(FlawSettings.model_fields)
