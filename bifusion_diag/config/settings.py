@@ -203,7 +203,7 @@ class TrainingSettings(Strict):
     seed: int = Field(0, ge=0, lt=1 << 63)
     device: str = Field("auto", description="'auto', 'cpu', 'cuda', 'cuda:1', ...")
     threads: int = Field(
-        0, ge=0, description="CPU threads of torch; 0 = torch's own choice. Small models run best on 1"
+        0, ge=0, le=1024, description="CPU threads of torch; 0 = torch's own choice. Small models run best on 1"
     )
     stages: bool = Field(True, description="freeze and unfreeze parts as document 003 says (S0, S1, S2)")
     reference_steps: Positive = Field(

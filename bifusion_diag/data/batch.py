@@ -6,7 +6,7 @@ Legend: N points in the batch · B scenes · V views a scene · S superpoints in
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -59,7 +59,8 @@ def collate(scenes: Sequence[Scene], coords: Sequence[NDArray[Any]]) -> Batch:
     """Concatenate scenes.
 
     A point with a coordinate that is not finite cannot be put into a voxel: it is dropped and counted in ``notes``.
-    Points far away and colours outside [0, 255] are kept, as training code in the wild keeps them.
+    Colours that are not finite are kept and counted there too, points far away and colours outside [0, 255] are kept, as
+    training code in the wild keeps them.
 
     Args:
         scenes: at least one, all with the same number and size of images.
@@ -74,7 +75,10 @@ def collate(scenes: Sequence[Scene], coords: Sequence[NDArray[Any]]) -> Batch:
     for scene, xyz in zip(scenes, coords, strict=True):
         finite = _finite(scene.validate(), xyz)
         dropped = len(scene) - int(finite.sum())
-        kept.append(scene.take(finite, f"{dropped} points with non-finite coordinates dropped") if dropped else scene)
+        found = scene.take(finite, f"{dropped} points with non-finite coordinates dropped") if dropped else scene
+        if odd := int((~np.isfinite(found.points[:, 3:])).any(1).sum()):
+            found = replace(found, notes=(*found.notes, f"{odd} points with non-finite colours"))
+        kept.append(found)
         moved.append(np.asarray(xyz, dtype=np.float32)[finite])
         if scene.images.shape != scenes[0].images.shape:
             raise UserError(

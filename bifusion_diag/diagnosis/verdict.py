@@ -68,9 +68,9 @@ def judge_pair(
 
     *Unstable*: the candidate did not recover (its last 10 steps or at least half of all are non-finite), or it is
     unstable by itself and the baseline has as many bad steps. *Less stable*: it has non-finite steps and the baseline
-    has none, or it is unstable by itself with more bad steps than the baseline, or it has more of them than chance
-    explains (Fisher's exact test, one-sided, p < 0.05). Where chance may explain them, the detail says so.
-    Otherwise its own state holds.
+    has none, or more bad steps than chance explains (Fisher's exact test, one-sided, p < 0.05). *Not enough data*: it
+    is unstable by its spikes, but chance may explain that it has more of them than the baseline. Otherwise its own
+    state holds.
 
     Args:
         names: of baseline and candidate.
@@ -87,24 +87,26 @@ def judge_pair(
     counted = all(isinstance(one.readings.get("bad_steps"), Quantity) for one in measures)
     known = isinstance(baseline.readings.get("first_nonfinite_step"), Quantity)
     lacking = bool(candidate.nonfinite and known and not baseline.nonfinite)
-    more = counted and bad > bad_before and (own == "unstable" or chance < CHANCE)
+    more = counted and bad > bad_before
     state: State = own
     if _is_lost(candidate, steps):
         state = "unstable"
-    elif lacking or more:
+    elif lacking or (more and chance < CHANCE):
         state = "less stable"
+    elif more and own == "unstable" and not candidate.nonfinite:
+        state = "not enough data"
     words = {
         "stable": f"is stable over {total} steps",
         "less stable": f"is less stable than {names[0]}",
         "unstable": "is unstable",
-        "not enough data": f"cannot be judged against {names[0]} yet",
+        "not enough data": f"cannot be told from {names[0]} yet",
     }[state]
     counts = f"{_bad_in(candidate, total)} (baseline {_bad(baseline)})"
     sentence = f"{names[1]} {words}: {counts}{_first(candidate)}{_tail(candidate, baseline)}"
     if state == "not enough data":
         sentence += _lacking(candidate, total, thresholds)
     detail = _where(candidate)
-    if counted and bad > bad_before and not lacking and chance >= CHANCE:
+    if more and not lacking and chance >= CHANCE:
         detail += f" So few more bad steps than the baseline's may be chance (p = {chance:.2g})."
     return Verdict(state, f"{sentence}.", detail.strip(), _remedy(findings))
 

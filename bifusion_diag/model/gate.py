@@ -37,7 +37,8 @@ class LiteFusionGate(nn.Module):
 
     def set_progress(self, step: int, total_steps: int) -> None:
         """Enter or leave the early phase; ``requires_grad`` of the MLP is only written when that changes."""
-        early = step < round(self.early_share * total_steps)
+        at_least = 1 if self.early_share > 0 and total_steps > 1 else 0  # a short run visits the phase too
+        early = step < max(at_least, round(self.early_share * total_steps))
         if early != self.early:
             self.point_mlp.requires_grad_(not early)
             self.early = early

@@ -131,9 +131,13 @@ class GradsProbe(Probe):
         return self._constants[key]
 
 
+#: Where sparse tensors keep their features: our engine's, MinkowskiEngine's, spconv's.
+SPARSE_FIELDS = ("feats", "F", "features")
+
+
 def tensors_of(output: Any, depth: int = 6) -> Iterator[Tensor]:
-    """Every tensor in an output: a tensor, a sparse tensor with ``feats``, or any nesting of tuples, lists, dicts and
-    dataclasses of them. Anything else, None included, holds none."""
+    """Every tensor in an output: a tensor, a sparse tensor (ours, MinkowskiEngine's, spconv's), or any nesting of
+    tuples, lists, dicts and dataclasses of them. Anything else, None included, holds none."""
     if isinstance(output, Tensor):
         yield output
         return
@@ -144,8 +148,8 @@ def tensors_of(output: Any, depth: int = 6) -> Iterator[Tensor]:
         items = output
     elif isinstance(output, dict):
         items = output.values()
-    elif isinstance(getattr(output, "feats", None), Tensor):
-        items = (output.feats,)
+    elif field := next((name for name in SPARSE_FIELDS if isinstance(getattr(output, name, None), Tensor)), None):
+        items = (getattr(output, field),)
     elif dataclasses.is_dataclass(output):
         items = [getattr(output, field.name) for field in dataclasses.fields(output)]
     for item in items:

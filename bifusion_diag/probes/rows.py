@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -51,27 +52,32 @@ class RowBlock:
     Args:
         writer: None: rows are only kept as the latest.
         size: rows a block.
+        seconds: a block is written after so long even if it is not full: of slow steps, a killed process must not lose
+            all of them.
     """
 
-    def __init__(self, writer: RunWriter | None, size: int) -> None:
+    def __init__(self, writer: RunWriter | None, size: int, seconds: float = 10.0) -> None:
         assert size >= 1
         self._writer = writer
         self._size = size
+        self._seconds = seconds
+        self._written = time.monotonic()
         self._rows: list[Row] = []
         self._latest: Row | None = None
         self._checked: set[tuple[str, ...]] = set()
 
     def add(self, row: Row) -> None:
-        """Add a row; a full block is written."""
+        """Add a row; a full or an old block is written."""
         self._latest = row
         if self._writer is not None:
             self._rows.append(row)
-            if len(self._rows) >= self._size:
+            if len(self._rows) >= self._size or time.monotonic() - self._written >= self._seconds:
                 self.flush()
 
     def flush(self) -> None:
         """Write what is there."""
         rows, self._rows = self._rows, []
+        self._written = time.monotonic()
         if self._writer is None or not rows:
             return
         flat = _to_host(torch.cat([row.packed for row in rows]))

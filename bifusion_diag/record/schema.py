@@ -172,7 +172,7 @@ class Histogram:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A run, complete or not. Equal to another where both would be written as the same document."""
+    """A run, complete or not."""
 
     header: RunHeader
     status: str  # one of STATUSES; a killed run stays "running"
@@ -220,12 +220,3 @@ class Run:
     def parameters(self) -> dict[str, dict[str, int]]:
         """Parameters by part of the model: total and trainable."""
         return self.header.parameters
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Run):
-            return NotImplemented
-        from bifusion_diag.record.document import to_document
-
-        return to_document(self) == to_document(other)
-
-    __hash__ = None  # type: ignore[assignment]

@@ -70,10 +70,9 @@ class RunWriter:
 
     def _prepare(self, resume: bool) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            if self.folder.exists():
-                shutil.rmtree(self.folder)
-            self.path.unlink(missing_ok=True)
+        if not resume and self.folder.exists():
+            shutil.rmtree(self.folder)
+        self.path.unlink(missing_ok=True)  # also on resuming: if this process is killed, the folder knows more than it
         self.folder.mkdir(exist_ok=True)
         self._save_state("running", None, {})
         self._events = (self.folder / EVENTS_FILE).open("a", encoding="utf-8")
@@ -221,7 +220,8 @@ def check_output(path: Path | str) -> Path:
     """The path of a run.json to be, checked before anything is computed for it.
 
     Raises:
-        UserError: it is a folder or named like one of the run's own, or a file stands where its folder should be.
+        UserError: it is a folder or named like one of the run's own, a file that is no run record is there, or a file
+            stands where its folder should be.
     """
     target = Path(path)
     if not target.name or target.is_dir():
@@ -231,6 +231,8 @@ def check_output(path: Path | str) -> Path:
             f"{path}: a run cannot be recorded there, a run keeps a folder of that name. "
             f"Give a file name such as {target.with_suffix('.json')}."
         )
+    if target.is_file() and KIND not in target.read_bytes()[:200].decode("utf-8", "replace"):
+        raise UserError(f"{path}: there is a file that is no run record. Choose another output path, or remove it.")
     above = next(parent for parent in target.parents if parent.exists())
     if not above.is_dir():
         raise UserError(f"{path}: a run cannot be recorded there, {above} is a file. Choose another output path.")

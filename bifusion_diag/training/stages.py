@@ -43,8 +43,9 @@ def stages_of(settings: Settings) -> tuple[Stage, ...]:
 
 
 def stage_at(stages: Sequence[Stage], step: int, total_steps: int) -> Stage:
-    """The stage that holds at a step; boundaries are rounded to whole steps."""
-    return [stage for stage in stages if step >= round(stage.begin * total_steps)][-1]
+    """The stage that holds at a step. Boundaries are whole steps, and every stage gets one where there are enough."""
+    begins = [max(place, round(stage.begin * total_steps)) for place, stage in enumerate(stages)]
+    return [stage for stage, begin in zip(stages, begins, strict=True) if step >= begin][-1]
 
 
 class StageSwitch:

@@ -72,3 +72,11 @@ def test_to_moves_every_tensor_and_nothing_else(make_scene):
     assert {v.device.type for v in vars(moved).values() if isinstance(v, torch.Tensor)} == {"meta"}
     assert {v.device.type for v in vars(batch).values() if isinstance(v, torch.Tensor)} == {"cpu"}
     assert (moved.names, moved.point_counts, moved.notes) == (batch.names, batch.point_counts, batch.notes)
+
+
+def test_colours_that_are_not_finite_are_kept_and_noted(make_scene):
+    scene = make_scene(10)
+    scene.points[[2, 5], 4] = np.nan
+    batch = collate([scene], [scene.points[:, :3]])
+    assert batch.notes == (("2 points with non-finite colours",),)
+    assert int(batch.color.isnan().any(1).sum()) == 2

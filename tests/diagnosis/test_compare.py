@@ -225,15 +225,20 @@ def test_a_reduced_record_keeps_what_was_measured_at_full_resolution(tmp_path: P
     assert assess_run(run).verdict.state == "unstable"
 
 
-def test_more_spikes_than_a_clean_baseline_are_less_stable_though_it_may_be_chance(make_run: RunMaker) -> None:
-    series = healthy(120)
-    norms = series["train/grad_norm"].copy()
-    norms[[40, 80]] = 100.0
-    series["train/grad_norm"] = norms
-    comparison = compare_runs(make_run(healthy(120)), make_run(series))
-    assert comparison.verdict.state == "less stable"
-    assert "p = 0.25" in comparison.verdict.detail
-    assert compare_runs(make_run(series), make_run(series)).verdict.state == "unstable"
+def test_more_spikes_than_a_clean_baseline_may_be_chance_and_are_then_no_verdict(make_run: RunMaker) -> None:
+    def with_spikes(*steps: int) -> Run:
+        series = healthy(120)
+        norms = series["train/grad_norm"].copy()
+        norms[list(steps)] = 100.0
+        series["train/grad_norm"] = norms
+        return make_run(series)
+
+    few = compare_runs(make_run(healthy(120)), with_spikes(40, 80)).verdict
+    assert few.state == "not enough data"
+    assert "cannot be told from" in few.sentence
+    assert "p = 0.25" in few.detail
+    assert compare_runs(with_spikes(40, 80), with_spikes(40, 80)).verdict.state == "unstable"
+    assert compare_runs(make_run(healthy(120)), with_spikes(20, 40, 60, 80, 100)).verdict.state == "less stable"
 
 
 def test_a_killed_long_run_is_measured_at_full_resolution(tmp_path: Path) -> None:

@@ -60,6 +60,15 @@ def test_a_scene_with_nan_leaves_the_others_alone() -> None:
     assert torch.isfinite(found.fused[5:]).all()
 
 
+def test_a_short_run_visits_the_early_phase_too() -> None:
+    gate = LiteFusionGate(GateSettings(hidden=16), 8, early_share=3000 / 33000)
+    phases = []
+    for step in range(3):
+        gate.set_progress(step, 3)
+        phases.append(gate.early)
+    assert phases == [True, False, False]
+
+
 def test_early_phase_is_one_half_and_frozen() -> None:
     gate = LiteFusionGate(GateSettings(hidden=16), 8, early_share=3000 / 33000)
     f2d, f3d = torch.randn(6, 8), torch.randn(6, 8)

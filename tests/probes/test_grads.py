@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -162,3 +163,10 @@ def test_outputs_are_not_kept() -> None:
         model(torch.randn(2, 3)).sum().backward()
         gc.collect()
         assert alive[0]() is None
+
+
+@pytest.mark.parametrize("field", ["feats", "F", "features"])
+def test_sparse_tensors_of_every_kind_hold_their_features(field: str) -> None:
+    x = torch.randn(3, 2)
+    output = SimpleNamespace(**{field: x}, coords=torch.zeros(3, 4))
+    assert [tensor is x for tensor in tensors_of((None, output))] == [True]

@@ -32,6 +32,12 @@ def test_stages_begin_at_the_documents_shares_of_the_run() -> None:
     assert names == ["S0"] * 3 + ["S1"] * 20 + ["S2"] * 10
 
 
+def test_a_run_of_three_steps_visits_every_stage() -> None:
+    stages = stages_of(load_settings("bifusion"))
+    assert [stage_at(stages, step, 3).name for step in range(3)] == ["S0", "S1", "S2"]
+    assert [stage_at(stages, step, 2).name for step in range(2)] == ["S0", "S1"]
+
+
 def test_the_baseline_has_no_stages() -> None:
     assert [stage.name for stage in stages_of(load_settings("baseline"))] == ["all"]
 
