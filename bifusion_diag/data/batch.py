@@ -59,8 +59,8 @@ def collate(scenes: Sequence[Scene], coords: Sequence[NDArray[Any]]) -> Batch:
     """Concatenate scenes.
 
     A point with a coordinate that is not finite cannot be put into a voxel: it is dropped and counted in ``notes``.
-    Colours that are not finite are kept and counted there too, points far away and colours outside [0, 255] are kept, as
-    training code in the wild keeps them.
+    Colours that are not finite are kept and counted there too; points far away and colours outside [0, 255] are kept,
+    as training code in the wild keeps them.
 
     Args:
         scenes: at least one, all with the same number and size of images.
