@@ -114,13 +114,14 @@ def judge_pair(
 def state_of(
     measures: Measures, steps: NDArray[np.int64], thresholds: Thresholds = DEFAULT_THRESHOLDS
 ) -> Literal["stable", "unstable", "not enough data"]:
-    """The state of a run by itself: unstable with any non-finite step or more than 1 % spikes."""
+    """The state of a run by itself: unstable with any non-finite step, or with several spikes that are more than 1 %."""
     rate = measures.number("spike_rate")
     if measures.nonfinite:
         return "unstable"
     if steps.size < thresholds.min_steps or rate is None:
         return "not enough data"
-    return "unstable" if rate > thresholds.spike_rate else "stable"
+    several = (measures.number("spikes") or 0) > 1  # of a short run, a single spike says nothing about the rate
+    return "unstable" if several and rate > thresholds.spike_rate else "stable"
 
 
 def fisher_more(candidate: int, baseline: int, steps: int) -> float:

@@ -59,6 +59,7 @@ class Monitor:
         self._handles: list[RemovableHandle] = []
         self._order_handles: list[RemovableHandle] = []
         self._order: dict[str, int] = {}  # module name → rank by execution
+        self._trainable: dict[str, int] = {}  # module name → its own trainable parameters when the Monitor opened
         self._readers: dict[type, tuple[Probe, ...]] = {}  # by the type of an output
         self._due: list[Probe] = []
         self._measuring = False
@@ -73,6 +74,7 @@ class Monitor:
                 probe.attach(self.model)
             for path, module in self.model.named_modules():
                 name = path or ROOT
+                self._trainable[name] = sum(p.numel() for p in module._parameters.values() if _learns(p))
                 watchers = tuple(probe for probe in self.probes if probe.watches(name, module))
                 self._handles.append(module.register_forward_hook(self._forward_hook(name, watchers)))
                 self._order_handles.append(module.register_forward_pre_hook(self._order_hook(name)))
@@ -188,6 +190,7 @@ class Monitor:
     def module_table(self) -> list[ModuleInfo]:
         """The model's modules: first those executed, in order of their first forward, then the others.
 
+        Trainable is what required a gradient when the Monitor opened, before training stages froze any of it.
         A module's part is the longest key of the record's `parameters` that its name begins with, else the first
         component of its name.
         """
@@ -199,6 +202,10 @@ class Monitor:
         for rank, (name, module) in enumerate(modules):
             own = [p for p in module._parameters.values() if p is not None]
             part = next((p for p in parts if name == p or name.startswith(p + ".")), name.split(".")[0])
-            trainable = sum(p.numel() for p in own if p.requires_grad)
-            table.append(ModuleInfo(name, type(module).__name__, rank, part, sum(p.numel() for p in own), trainable))
+            total, trainable = sum(p.numel() for p in own), self._trainable.get(name, 0)
+            table.append(ModuleInfo(name, type(module).__name__, rank, part, total, trainable))
         return table
+
+
+def _learns(parameter: Tensor | None) -> bool:
+    return parameter is not None and parameter.requires_grad

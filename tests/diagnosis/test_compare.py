@@ -238,6 +238,7 @@ def test_more_spikes_than_a_clean_baseline_may_be_chance_and_are_then_no_verdict
     assert "cannot be told from" in few.sentence
     assert "p = 0.25" in few.detail
     assert compare_runs(with_spikes(40, 80), with_spikes(40, 80)).verdict.state == "unstable"
+    assert compare_runs(with_spikes(20, 40, 60), with_spikes(40)).verdict.state == "stable"
     assert compare_runs(make_run(healthy(120)), with_spikes(20, 40, 60, 80, 100)).verdict.state == "less stable"
 
 

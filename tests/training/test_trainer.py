@@ -228,3 +228,11 @@ def test_the_live_display_shows_every_number_in_narrow_terminals(width: int) -> 
     last = file.getvalue().rpartition("bifusion-fragile (small)")[2]
     for shown in ("7/400", "--:--", "loss 1234", "pre-clip grad norm inf", "incidents 1"):
         assert shown in last
+
+
+def test_the_module_table_counts_what_learns_in_the_run_not_in_its_first_stage(train: Train) -> None:
+    run = train("bifusion", probes=("grads",))
+    trainable = {module.name: module.trainable for module in run.modules}
+    assert trainable["encoder.backbone.conv0p1s1"] > 0  # frozen in stage S0
+    assert trainable["encoder.gate.point_mlp.0"] > 0  # frozen in the gate's early phase
+    assert sum(trainable.values()) == run.parameters["total"]["trainable"]
