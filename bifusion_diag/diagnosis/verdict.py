@@ -114,7 +114,7 @@ def judge_pair(
 def state_of(
     measures: Measures, steps: NDArray[np.int64], thresholds: Thresholds = DEFAULT_THRESHOLDS
 ) -> Literal["stable", "unstable", "not enough data"]:
-    """The state of a run by itself: unstable with any non-finite step, or with several spikes that are more than 1 %."""
+    """The state of a run by itself: unstable with any non-finite step, or several spikes that are more than 1 %."""
     rate = measures.number("spike_rate")
     if measures.nonfinite:
         return "unstable"
