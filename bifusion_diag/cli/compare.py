@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from bifusion_diag.cli.output import print_written
+
 
 def compare(
     baseline: Annotated[Path, typer.Argument(help="Record of the run to compare with, often the 3D baseline.")],
@@ -25,5 +27,4 @@ def compare(
     console = Console()
     for comparison in comparisons:
         print_comparison(console, comparison)
-    for path in write_comparison(comparisons, reference, runs, html=html, json=json):
-        console.print(f"report: {path}", soft_wrap=True, highlight=False)
+    print_written(console, write_comparison(comparisons, reference, runs, html=html, json=json))

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from bifusion_diag.cli.output import print_written
+
 
 def report(
     run: Annotated[Path, typer.Argument(help="A run.json, or the .record folder of a run that was killed.")],
@@ -24,5 +26,4 @@ def report(
     print_run(console, assessment)
     where = run if run.name else run.absolute()  # "." has no name
     page = html or where.with_name(f"{where.stem}.report.html")
-    for path in write_run(assessment, record, html=page, json=json):
-        console.print(f"report: {path}", soft_wrap=True, highlight=False)
+    print_written(console, write_run(assessment, record, html=page, json=json))

@@ -53,7 +53,7 @@ def test_compare_writes_report_and_data_and_prints_a_verdict(
 ) -> None:
     code, text = command(monkeypatch, capsys, "compare", *records, "--html", "out/report.html", "--json", "out.json")
     assert code == 0, text
-    assert "report.html" in text
+    assert text.splitlines()[-2:] == ["data: out.json", "report: out/report.html"]
     assert "not enough data" in text  # three steps are no ground for a verdict
     assert "<html" in Path("out/report.html").read_text()
     assert json.loads(Path("out.json").read_text())
