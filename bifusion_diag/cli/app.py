@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from bifusion_diag.cli.compare import compare
+from bifusion_diag.cli.params import params
 from bifusion_diag.cli.presets import presets
 from bifusion_diag.cli.report import report
 from bifusion_diag.cli.train import train
@@ -28,6 +29,7 @@ app.command("train")(train)
 app.command("compare")(compare)
 app.command("report")(report)
 app.command("presets")(presets)
+app.command("params")(params)
 
 
 def main() -> None:

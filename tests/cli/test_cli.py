@@ -87,6 +87,17 @@ def test_presets_are_listed_and_one_can_be_printed_as_a_config(
     assert (code, "voxel_size: 0.02" in text) == (0, True)
 
 
+def test_params_are_counted_beside_the_documents_claims(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, text = command(monkeypatch, capsys, "params", "--model", "baseline")
+    total = next(line for line in text.splitlines() if line.startswith("total"))
+    assert (code, total.split()[:3]) == (0, ["total", "41,459,787", "41,459,787"])
+    assert "about 41 M (001)" in total
+    code, text = command(monkeypatch, capsys, "params", "--model", "bifusion", "--set", "scale=small")
+    assert (code, "89 M" in text, "(small)" in text) == (0, False, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
