@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,21 +10,6 @@ import typer
 from rich.console import Console
 
 from bifusion_diag.errors import UserError
-
-
-class Scale(str, Enum):
-    """Sizes of the model."""
-
-    full = "full"
-    small = "small"
-
-
-class Engine(str, Enum):
-    """Sparse convolution engines."""
-
-    auto = "auto"
-    native = "native"
-    minkowski = "minkowski"
 
 
 def train(
@@ -41,8 +25,10 @@ def train(
     batch_size: Annotated[int | None, typer.Option(help="Scenes a step.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights, data and queries.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = None,
-    scale: Annotated[Scale | None, typer.Option(help="small: the same architecture, every width a quarter.")] = None,
-    sparse_engine: Annotated[Engine | None, typer.Option(help="auto is native.")] = None,
+    scale: Annotated[
+        str | None, typer.Option(help="full, or small: the same architecture, every width a quarter.")
+    ] = None,
+    sparse_engine: Annotated[str | None, typer.Option(help="native, minkowski, or auto, which is native.")] = None,
     clip_weights: Annotated[
         str | None, typer.Option(help="random, a local file, or an open_clip pretrained tag.")
     ] = None,
@@ -62,7 +48,7 @@ def train(
         "training.batch_size": batch_size,
         "training.seed": seed,
         "training.device": device,
-        "model.sparse_engine": sparse_engine.value if sparse_engine else None,
+        "model.sparse_engine": sparse_engine,
         "model.clip.weights": clip_weights,
     }
     given = {key: value for key, value in shorthands.items() if value is not None}
@@ -78,9 +64,7 @@ def train(
         from bifusion_diag.config import load_settings
         from bifusion_diag.training import start_training
 
-        settings = load_settings(
-            model, scale=scale.value if scale else None, config=config, overrides=set_ or (), values=given
-        )
+        settings = load_settings(model, scale=scale, config=config, overrides=set_ or (), values=given)
         run = start_training(settings, out, probes=probe or [], command=sys.argv[1:], console=console)
     typer.echo(f"{run.status}: {len(run.steps)} steps recorded in {out}")
     if run.status == "interrupted":

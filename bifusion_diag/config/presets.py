@@ -46,7 +46,7 @@ def preset_description(name: str) -> str:
 def load_settings(
     preset: str | None = None,
     *,
-    scale: Scale | None = None,
+    scale: str | None = None,
     config: Path | None = None,
     overrides: Sequence[str] = (),
     values: Mapping[str, Any] | None = None,

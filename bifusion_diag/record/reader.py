@@ -17,6 +17,8 @@ from bifusion_diag.record.schema import Event, Floats, Ints, RecordError, RunHea
 
 HEADER_FILE = "header.json"
 EVENTS_FILE = "events.jsonl"
+RESUME = "resume"  # kind of the event with which a resumed run goes on; data: how many files were there before it
+_VOID = np.iinfo(np.int64).min  # stands for the step of a row that a resume has voided
 
 
 class State(NamedTuple):
@@ -48,27 +50,30 @@ def read_state(folder: Path) -> State:
 
 
 def read_events(folder: Path) -> list[Event]:
-    """Events in the order in which they were written; a line that was cut off is left out, repeats count once."""
+    """Events in the order in which they were written; a line that was cut off is left out.
+
+    An event of kind RESUME voids what was recorded before it of its step and of later ones.
+    """
     path = folder / EVENTS_FILE
     events: list[Event] = []
     if not path.is_file():
         return events
-    seen: set[tuple[int | None, str, str]] = set()
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             event = event_from(codec.loads(line))
         except (ValueError, KeyError, TypeError):
             continue
-        if (key := (event.step, event.kind, event.message)) not in seen:
-            seen.add(key)
-            events.append(event)
+        if event.kind == RESUME and event.step is not None:
+            events = [e for e in events if e.step is None or e.step < event.step or e.kind == RESUME]
+        events.append(event)
     return events
 
 
 class RecordReader:
     """Full-resolution access to a .record folder.
 
-    A step that was written twice (a resumed run repeats some) counts as it was written last.
+    A step that was written twice counts as it was written last. Steps from which a resumed run went on, and later ones,
+    count only as they were written after it.
 
     Attributes:
         state: header, status, error, measures.
@@ -88,6 +93,7 @@ class RecordReader:
         self._tables: list[tuple[Path, list[str]]] = []
         self._histograms: dict[str, list[Path]] = {}
         self._edges: dict[str, Floats] = {}
+        self._resumes = [(e.data["files"], e.step) for e in read_events(self.folder) if e.kind == RESUME]
         written: list[Ints] = []
         for path in sorted(self.folder.glob("*.arrow")):
             try:
@@ -103,7 +109,7 @@ class RecordReader:
     def _survey(self, path: Path) -> list[Ints]:
         """Note what a file holds; returns the steps of its rows where they are rows of series."""
         with BlockFile(path) as file:
-            steps = [block.steps for block in file]
+            steps = [self._valid(path, block.steps) for block in file]
             if file.truncated:
                 self.truncated.append(path.name)
             if "names" in file.metadata:
@@ -158,20 +164,34 @@ class RecordReader:
     def histogram(self, name: str) -> tuple[Floats, Ints, NDArray[np.float32]]:
         """One histogram at full resolution: edges (B + 1,), steps (R,), counts (R, B)."""
         blocks: list[Block] = []
+        written: list[Ints] = []
         for path in self._histograms[name]:
             with BlockFile(path) as file:
-                blocks.extend(file)
-        steps, rows = _last_of_each([block.steps for block in blocks])
+                for block in file:
+                    blocks.append(block)
+                    written.append(self._valid(path, block.steps))
+        steps, rows = _last_of_each(written)
         counts = np.concatenate([block.values for block in blocks]) if blocks else np.zeros((0, 0), np.float32)
         return self._edges[name], steps, counts[rows]
+
+    def _valid(self, path: Path, steps: Ints) -> Ints:
+        """The steps of a file's rows, those that a later resume has voided replaced by _VOID."""
+        limits = [step for files, step in self._resumes if file_number(path) < files and step is not None]
+        return np.where(steps < min(limits), steps, _VOID) if limits else steps
 
     @property
     def _written(self) -> int:
         return int(self._rows.max()) + 1 if len(self._rows) else 0
 
 
+def file_number(path: Path) -> int:
+    """The number that a block file's name begins with; files are numbered in the order in which they were begun."""
+    return int(path.stem.split("-")[0])
+
+
 def _last_of_each(written: Sequence[Ints]) -> tuple[Ints, Ints]:
-    """Unique steps in ascending order, and for each the index of the row that was written last."""
+    """Unique valid steps in ascending order, and for each the index of the row that was written last."""
     steps = np.concatenate(written) if written else np.zeros(0, np.int64)
     unique, from_end = np.unique(steps[::-1], return_index=True)
-    return unique, len(steps) - 1 - from_end
+    valid = unique != _VOID
+    return unique[valid], (len(steps) - 1 - from_end)[valid]

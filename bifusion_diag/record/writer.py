@@ -19,7 +19,7 @@ from bifusion_diag.files import write_text
 from bifusion_diag.record import codec
 from bifusion_diag.record.blocks import Block, BlockStream
 from bifusion_diag.record.document import KIND, event_to, header_to
-from bifusion_diag.record.reader import EVENTS_FILE, HEADER_FILE, RecordReader, read_state
+from bifusion_diag.record.reader import EVENTS_FILE, HEADER_FILE, RESUME, RecordReader, file_number, read_state
 from bifusion_diag.record.reduce import reduce_record
 from bifusion_diag.record.schema import SCHEMA_VERSION, STATUSES, Event, ModuleInfo, RunHeader
 from bifusion_diag.record.tensorboard import TensorBoardSink
@@ -31,7 +31,8 @@ class RunWriter:
     Args:
         path: where run.json goes. Rows are appended to files in ``<stem>.record/`` beside it, flushed block by block.
         header: what is known of the run before its first step.
-        resume: continue the record that is there, keeping its id and date of creation. Otherwise it is replaced.
+        resume_at: continue the record that is there from this step on, keeping its id and date of creation. What it
+            holds of this step and of later ones is void: they will be done again, or never. None: it is replaced.
         tensorboard: gets the same numbers, block by block.
 
     Raises:
@@ -39,7 +40,12 @@ class RunWriter:
     """
 
     def __init__(
-        self, path: Path | str, header: RunHeader, *, resume: bool = False, tensorboard: TensorBoardSink | None = None
+        self,
+        path: Path | str,
+        header: RunHeader,
+        *,
+        resume_at: int | None = None,
+        tensorboard: TensorBoardSink | None = None,
     ) -> None:
         self.path = check_output(path)
         self.folder = self.path.with_name(self.path.stem + ".record")
@@ -48,11 +54,11 @@ class RunWriter:
         self._stream: BlockStream | None = None
         self._histograms: dict[str, BlockStream] = {}
         self._finished = False
-        if resume:
+        if resume_at is not None:
             header = self._resumed(header)
         self.header = header
         try:
-            self._prepare(resume)
+            self._prepare(resume_at)
         except OSError as error:
             raise UserError(
                 f"{self.path}: the run cannot be recorded there ({error.strerror or error}). "
@@ -68,9 +74,9 @@ class RunWriter:
         modules = header.modules or old.modules
         return dataclasses.replace(header, run_id=old.run_id, created=old.created, modules=modules)
 
-    def _prepare(self, resume: bool) -> None:
+    def _prepare(self, resume_at: int | None) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if not resume and self.folder.exists():
+        if resume_at is None and self.folder.exists():
             shutil.rmtree(self.folder)
         self.path.unlink(missing_ok=True)  # also on resuming: if this process is killed, the folder knows more than it
         self.folder.mkdir(exist_ok=True)
@@ -78,7 +84,9 @@ class RunWriter:
         self._events = (self.folder / EVENTS_FILE).open("a", encoding="utf-8")
         self._events.write("\n" if self._events.tell() else "")  # ends a line that a killed run may have cut off
         if self._tensorboard is not None:
-            self._tensorboard.open(fresh=not resume)
+            self._tensorboard.open(fresh=resume_at is None)
+        if resume_at is not None:
+            self.event(resume_at, RESUME, f"resumed at step {resume_at}", files=self._next_file())
 
     def __enter__(self) -> RunWriter:
         return self
@@ -152,8 +160,10 @@ class RunWriter:
         return wide, gone
 
     def _open(self, kind: str, width: int, metadata: Mapping[str, str]) -> BlockStream:
-        taken = [int(path.stem.split("-")[0]) for path in self.folder.glob("*.arrow")]
-        return BlockStream(self.folder / f"{max(taken, default=-1) + 1:06d}-{kind}.arrow", width, metadata)
+        return BlockStream(self.folder / f"{self._next_file():06d}-{kind}.arrow", width, metadata)
+
+    def _next_file(self) -> int:
+        return max(map(file_number, self.folder.glob("*.arrow")), default=-1) + 1
 
     def append_histogram(self, name: str, steps: ArrayLike, counts: ArrayLike, edges: ArrayLike) -> None:
         """Append counts of one step (B,) or of R steps (R, B) over bins with edges (B + 1,), the same at every step."""

@@ -54,8 +54,7 @@ def save_checkpoint(
         info: JSON-serialisable facts to get back on resuming.
     """
     names = _names_of(model, optimizer)
-    kept = {id(parameter) for parameter in names}
-    frozen = {name for name, parameter in model.named_parameters() if id(parameter) not in kept}
+    frozen = {name for name, _ in model.named_parameters()} - set(names.values())
     tensors = {f"model/{k}": v for k, v in model.state_dict().items() if k not in frozen}
     for parameter, name in names.items():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -110,8 +109,7 @@ def restore_checkpoint(checkpoint: Checkpoint, model: nn.Module, optimizer: torc
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({error}); delete its folder to use an older checkpoint") from error
     names = _names_of(model, optimizer)
-    kept = {id(parameter) for parameter in names}
-    frozen = {name for name, parameter in model.named_parameters() if id(parameter) not in kept}
+    frozen = {name for name, _ in model.named_parameters()} - set(names.values())
     content = json.loads((checkpoint.folder / "checkpoint.json").read_text(encoding="utf-8"))
     if _digest(model, frozen) != content["frozen_digest"]:
         raise UserError(

@@ -144,7 +144,8 @@ class Trainer:
         )
         self.info = {"settings": header.settings, "probes": probes, "command": list(command)}
         tensorboard = TensorBoardSink(out.with_name(f"{out.stem}.tensorboard"))
-        self.writer = RunWriter(out, header, resume=checkpoint is not None, tensorboard=tensorboard)
+        resume_at = None if checkpoint is None else checkpoint.step
+        self.writer = RunWriter(out, header, resume_at=resume_at, tensorboard=tensorboard)
         if checkpoint is None:
             shutil.rmtree(checkpoint_folder(out), ignore_errors=True)  # of an earlier run of this name
         self.monitor = Monitor(self.model, instruments, self.writer)
@@ -162,7 +163,8 @@ class Trainer:
                     if training.checkpoint_every and done % training.checkpoint_every == 0 and done < training.steps:
                         self._save(done)
             if stop.requested:
-                self.writer.event(done, "signal", f"{stop.signal_name} after {done} of {training.steps} steps")
+                last = done - 1 if done else None
+                self.writer.event(last, "signal", f"{stop.signal_name} after {done} of {training.steps} steps")
             self._save(done)
             measures = measures_to_dict(measure_record(RecordReader(self.writer.folder)))
             self.writer.finish("interrupted" if done < training.steps else "completed", measures=measures)
@@ -209,7 +211,7 @@ class Trainer:
         facts = {"loss": total, "grad_norm": norm, "scenes": batch.names, "scene_notes": batch.notes}
         if not (math.isfinite(total) and math.isfinite(norm)):
             bad = [name for name, value in loss.terms.items() if not math.isfinite(value.item())]
-            what = ", ".join(f"loss term {name}" for name in bad) or ("loss" if math.isnan(total) else "gradient")
+            what = ", ".join(f"loss term {name}" for name in bad) or ("gradient" if math.isfinite(total) else "loss")
             message = f"non-finite {what}; pre-clip grad norm {norm:.4g}"
             self.writer.event(step, "non-finite", message, terms=bad, **facts)
         elif spike:

@@ -105,6 +105,7 @@ def test_params_are_counted_beside_the_documents_claims(
         (["--probe", "grad"], "unknown probe 'grad'. Did you mean 'grads'"),
         (["--set", "optim.lrr=1"], "unknown key 'optim.lrr'. Did you mean 'optim.lr'"),
         (["--data", "no/such/folder"], "no such folder"),
+        (["--sparse-engine", "minkovski"], "model.sparse_engine: Input should be 'auto', 'native' or 'minkowski'"),
         (["--steps", "0"], "training.steps: Input should be greater than or equal to 1"),
         (["--clip-weights", "lion2b"], "lion2b"),
         (["--resume"], "give nothing else but --out"),

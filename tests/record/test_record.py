@@ -216,7 +216,7 @@ def test_resume_replaces_repeated_steps(tmp_path: Path) -> None:
     writer.event(2, "stage", "S1")
     writer.finish("interrupted")
     later = RunHeader("run", "id-2", "2025-01-01T00:00:00+00:00", steps_planned=6)
-    with RunWriter(path, later, resume=True) as writer:
+    with RunWriter(path, later, resume_at=2) as writer:
         writer.append([2, 3, 4], {"a": [20, 30, 40]})
         writer.append_histogram("h", [2, 3, 4], np.full((3, 1), 7), [0, 1])
         writer.event(2, "stage", "S1")
@@ -229,9 +229,31 @@ def test_resume_replaces_repeated_steps(tmp_path: Path) -> None:
     np.testing.assert_array_equal(a.value, [0, 1, 20, 30, 40])
     np.testing.assert_array_equal(b.missing, [0, 0, 1, 1, 1])  # a row is replaced whole
     np.testing.assert_array_equal(h.counts[:, 0], [1, 1, 7, 7, 7])
-    assert [event.message for event in run.events] == ["S1"]
+    assert [event.message for event in run.events] == ["resumed at step 2", "S1"]
     assert (run.header.run_id, run.header.steps_planned, run.status) == ("id-1", 6, "completed")
     assert [module.name for module in run.modules] == ["encoder"]
+
+
+def test_resume_voids_what_was_recorded_after_its_step_even_if_it_is_never_done_again(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    with RunWriter(path, header()) as writer:  # killed after step 9, its last checkpoint was at step 5
+        writer.append(range(10), {"a": np.arange(10.0)})
+        writer.append_histogram("h", range(10), np.ones((10, 1)), [0, 1])
+        writer.event(4, "spike", "kept")
+        writer.event(8, "spike", "never happened")
+    with RunWriter(path, header(), resume_at=5) as writer:
+        writer.append([5, 6], {"a": [50.0, 60.0]})
+    run = load_run(path)
+    a, h = run.series("a"), run.histogram("h")
+    assert a is not None
+    assert h is not None
+    np.testing.assert_array_equal(run.steps, [0, 1, 2, 3, 4, 5, 6])
+    np.testing.assert_array_equal(a.value, [0, 1, 2, 3, 4, 50, 60])
+    np.testing.assert_array_equal(h.steps, [0, 1, 2, 3, 4])
+    assert [event.message for event in run.events] == ["kept", "resumed at step 5"]
+    with RunWriter(path, header(), resume_at=3):
+        pass  # interrupted before its first row
+    np.testing.assert_array_equal(load_run(path).steps, [0, 1, 2])
 
 
 def test_starting_anew_forgets_the_old_run(tmp_path: Path) -> None:
@@ -313,7 +335,7 @@ def test_unwritable_places(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="it is a folder"):
         RunWriter(tmp_path / "folder", header())
     with pytest.raises(UserError, match="no record to resume"):
-        RunWriter(tmp_path / "run.json", header(), resume=True)
+        RunWriter(tmp_path / "run.json", header(), resume_at=1)
 
 
 def damage(path: Path, text: str) -> Path:
@@ -415,7 +437,7 @@ def test_resuming_takes_the_old_document_away_until_there_is_a_new_one(tmp_path:
     with RunWriter(path, header()) as writer:
         writer.append([0], {"x": [1.0]})
         writer.finish("interrupted")
-    again = RunWriter(path, header(), resume=True)
+    again = RunWriter(path, header(), resume_at=1)
     assert not path.exists()
     again.append([1], {"x": [2.0]})
     again.finish("completed")

@@ -22,14 +22,14 @@ def record(folder: Path, sink: TensorBoardSink) -> None:
 
 
 def test_a_resumed_run_voids_the_steps_that_it_repeats(tmp_path: Path) -> None:
-    def write(steps: list[int], value: float, *, resume: bool) -> None:
+    def write(steps: list[int], value: float, *, resume_at: int | None) -> None:
         sink = TensorBoardSink(tmp_path / "tb")
-        with RunWriter(tmp_path / "run.json", RunHeader("n"), resume=resume, tensorboard=sink) as writer:
+        with RunWriter(tmp_path / "run.json", RunHeader("n"), resume_at=resume_at, tensorboard=sink) as writer:
             for step in steps:
                 writer.append([step], {"loss/total": [value], "grads/a/state": [value]})
 
-    write([0, 1, 2, 3], 1.0, resume=False)
-    write([2, 3, 4], 2.0, resume=True)
+    write([0, 1, 2, 3], 1.0, resume_at=None)
+    write([2, 3, 4], 2.0, resume_at=2)
     events = EventAccumulator(str(tmp_path / "tb"))
     events.Reload()
     for name in ("loss/total", "grads/a/state"):
@@ -79,7 +79,7 @@ def test_environment(tmp_path: Path) -> None:
 def test_tensorboard_files_of_a_resumed_run_are_kept(tmp_path: Path) -> None:
     sink = TensorBoardSink(tmp_path / "tb")
     record(tmp_path, sink)
-    with RunWriter(tmp_path / "run.json", RunHeader("n"), resume=True, tensorboard=sink) as writer:
+    with RunWriter(tmp_path / "run.json", RunHeader("n"), resume_at=1, tensorboard=sink) as writer:
         writer.append([3], {"loss/total": [4.0]})
     events = EventAccumulator(str(tmp_path / "tb"))
     events.Reload()
