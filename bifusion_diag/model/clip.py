@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import open_clip
 import torch
 from open_clip.transformer import VisionTransformer
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bifusion_diag.config.settings import ClipSettings
 from bifusion_diag.errors import UserError, near_matches
 from bifusion_diag.model.outputs import ClipTokens
+from bifusion_diag.model.weight_files import listed, read_tensors
 
 RANDOM = "random"
 # open_clip.CLIP holds both towers. Where only the visual one is wanted, its text tower is made as small as it gets.
@@ -177,7 +175,7 @@ def _download(settings: ClipSettings) -> VisionTransformer:
 
 def _load_file(tower: VisionTransformer, path: Path) -> None:
     """Load a full CLIP state dict, or one of the visual tower alone, from a safetensors or torch file."""
-    stored = _read_state_dict(path)
+    stored = read_tensors(path, "model.clip.weights")
     visual = {name.removeprefix("visual."): value for name, value in stored.items() if name.startswith("visual.")}
     weights = visual or stored
     own = tower.state_dict()
@@ -190,34 +188,7 @@ def _load_file(tower: VisionTransformer, path: Path) -> None:
             if name in weights and weights[name].shape != own[name].shape
         ],
     }
-    found = [f"{kind}: {_listed(names)}" for kind, names in problems.items() if names]
+    found = [f"{kind}: {listed(names)}" for kind, names in problems.items() if names]
     if found:
         raise UserError(f"model.clip.weights: {path} does not fit the visual tower; " + "; ".join(found) + ".")
     tower.load_state_dict(weights)
-
-
-def _read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, without running any code that it may hold."""
-    try:
-        stored: Any = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except (SafetensorError, UnpicklingError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        # torch's own text advises to run the code in the file: not repeated
-        raise UserError(
-            f"model.clip.weights: {path} is not a readable safetensors or torch file of tensors "
-            f"({type(error).__name__}). Of TorchScript archives, only OpenAI's is known: use the tag 'openai'."
-        ) from error
-    if isinstance(stored, dict) and isinstance(stored.get("state_dict"), dict):  # a checkpoint of open_clip's training
-        stored = stored["state_dict"]
-    if not isinstance(stored, dict) or not all(isinstance(value, Tensor) for value in stored.values()):
-        raise UserError(f"model.clip.weights: {path} holds no state dict (names and tensors).")
-    return {name.removeprefix("module."): value for name, value in stored.items()}
-
-
-def _listed(names: list[str], most: int = 6) -> str:
-    """The first few names, and how many more there are."""
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
