@@ -113,15 +113,28 @@ class Res16UNet(nn.Module):
         """
         return voxelize(coords, feats, scene_index, self.voxel_size, self.engine)
 
-    def forward(self, x: SparseTensor) -> SparseTensor:
-        """Features of the voxels: (M, in_channels) -> (M, out_channels) on the same voxels."""
+    def scales(self, x: SparseTensor) -> list[SparseTensor]:
+        """Features of every scale of the way up, coarsest first.
+
+        Args:
+            x: (M, in_channels) on the finest voxels.
+
+        Returns:
+            Five tensors: after ``block4`` (stride 16), ``block5`` (8), ``block6`` (4), ``block7`` (2), ``block8`` (1).
+        """
         x = self.relu(self.bn0(self.conv0p1s1(x)))
         skips = []
         for conv, norm, block in DOWN:
             skips.append(x)
             x = self.relu(self.get_submodule(norm)(self.get_submodule(conv)(x)))
             x = self.get_submodule(block)(x)
+        scales = [x]
         for conv, norm, block in UP:
             x = self.relu(self.get_submodule(norm)(self.get_submodule(conv)(x)))
             x = self.get_submodule(block)(concatenate([x, skips.pop()]))
-        return x
+            scales.append(x)
+        return scales
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        """Features of the voxels: (M, in_channels) -> (M, out_channels) on the same voxels."""
+        return self.scales(x)[-1]

@@ -158,6 +158,20 @@ def test_bits_do_not_depend_on_the_run_or_the_order_of_points(monkeypatch: pytes
         assert all(torch.equal(one, other) for one, other in zip(results[0], again, strict=True))
 
 
+def test_scales_are_what_the_blocks_return_and_the_last_is_the_forward() -> None:
+    net = Res16UNet(TINY.model_copy(update={"voxel_size": 0.05}), engine=NATIVE)
+    seen: list[SparseTensor] = []
+    for name in ("block4", "block5", "block6", "block7", "block8"):
+        net.get_submodule(name).register_forward_hook(lambda _module, _args, out: seen.append(out))
+    voxels = net.voxelize(*surface())
+    scales = net.scales(voxels.tensor)
+    assert [scale.stride for scale in scales] == [16, 8, 4, 2, 1]
+    assert [scale.feats.shape[1] for scale in scales] == [16, 16, 16, 8, 8]
+    assert all(scale is out for scale, out in zip(scales, seen, strict=True))
+    assert torch.equal(scales[-1].coords, voxels.tensor.coords)
+    assert torch.equal(net(voxels.tensor).feats, scales[-1].feats)
+
+
 @pytest.mark.parametrize("points", [1, 2, 5])
 def test_crops_of_a_handful_of_points(points: int) -> None:
     net = Res16UNet(TINY.model_copy(update={"voxel_size": 0.05}), engine=NATIVE)
