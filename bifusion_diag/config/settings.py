@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -43,6 +43,18 @@ class ClipSettings(Strict):
     head_hidden: Positive = 512
     head_dropout: Share = 0.0
     head_batchnorm: bool = False
+    tune: Literal["none", "lora", "blocks"] = Field(
+        "none",
+        description="what of the tower learns: nothing, low-rank updates of the last blocks' attention (Hu et al., "
+        "ICLR 2022), or the last blocks whole with the final LayerNorm",
+    )
+    tune_blocks: Positive = Field(2, description="how many of the tower's last blocks learn")
+    lora_rank: Positive = 8
+    lora_alpha: PositiveNumber = Field(16.0, description="the update is scaled by lora_alpha / lora_rank")
+    cache_memory: NonNegative = Field(1.0, description="memory for the frozen part's tokens [GiB]; 0 = off")
+    cache_folder: str | None = Field(
+        None, description="folder that keeps the frozen part's tokens and the text features between runs; null = none"
+    )
 
 
 class ProjectionSettings(Strict):
@@ -193,6 +205,11 @@ class OptimSettings(Strict):
     )
     schedule: Literal["constant", "poly"] = "poly"
     poly_power: PositiveNumber = 0.9
+    clip_lr_scale: PositiveNumber = Field(
+        0.01,
+        description="CLIP's learning rate as a share of `lr` where the documents ask for a very low one: stage P2 of "
+        "'three_phase'. In every other stage in which CLIP learns, it learns at `lr`",
+    )
 
 
 class TrainingSettings(Strict):
@@ -205,13 +222,23 @@ class TrainingSettings(Strict):
     threads: int = Field(
         0, ge=0, le=1024, description="CPU threads of torch; 0 = torch's own choice. Small models run best on 1"
     )
-    stages: bool = Field(True, description="freeze and unfreeze parts as document 003 says (S0, S1, S2)")
+    stages: Literal["none", "heads_first", "three_phase"] = Field(
+        "heads_first",
+        description="which parts learn when: 'heads_first' = S0, S1, S2 of document 003; 'three_phase' = phase 3 of "
+        "document 000 (3D alone, CLIP at a very low rate, everything). true and false stand for 'heads_first' and 'none'",
+    )
     reference_steps: Positive = Field(
         33_000, description="the documents' run length; their counts are scaled by steps/this"
     )
     checkpoint_every: int = Field(
         0, ge=0, description="steps between checkpoints; 0 = only at the end and on interruption"
     )
+
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _stages_were_a_switch(cls, value: object) -> object:
+        """Earlier settings and records hold true or false."""
+        return {True: "heads_first", False: "none"}[value] if isinstance(value, bool) else value
 
 
 class AugmentSettings(Strict):

@@ -38,7 +38,7 @@ _WHOLE_RUN = (Stage("all", 0.0, (), "every part that is not frozen for good"),)
 
 def stages_of(settings: Settings) -> tuple[Stage, ...]:
     """The stages a run goes through."""
-    staged = settings.training.stages and settings.model.fusion != "none"
+    staged = settings.training.stages != "none" and settings.model.fusion != "none"
     return _FUSED_STAGES if staged else _WHOLE_RUN
 
 
