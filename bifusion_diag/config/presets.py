@@ -222,7 +222,7 @@ def _narrowed(values: dict[str, Any]) -> dict[str, Any]:
             "heads": clip["heads"] // SMALL_DIVISOR,
             "head_hidden": clip["head_hidden"] // SMALL_DIVISOR,
         },
-        "gate": {"hidden": model["gate"]["hidden"] // SMALL_DIVISOR},
+        "gate": {name: model["gate"][name] // SMALL_DIVISOR for name in ("hidden", "heads")},
         "decoder": {
             "width": decoder["width"] // SMALL_DIVISOR,
             "heads": decoder["heads"] // SMALL_DIVISOR,

@@ -36,6 +36,7 @@ class BackboneSettings(Strict):
 class ClipSettings(Strict):
     """The 2D branch: a frozen open_clip visual tower and its projection heads."""
 
+    use: bool = Field(True, description="false: no 2D branch at all, for fusion 'simple' (001, plan A)")
     architecture: str = "ViT-B-16"
     weights: str = Field("random", description="'random', a local file, or an open_clip pretrained tag")
     width: Positive = Field(768, description="width of the tower; not 768 = a narrower tower of random weights")
@@ -61,10 +62,11 @@ class ProjectionSettings(Strict):
     """3D points to 2D pixels."""
 
     depth_tolerance: Metres = Field(0.05, description="ε of |depth(u,v) − z| < ε")
-    sanitize: Literal["strict", "replace"] = Field(
+    sanitize: Literal["strict", "replace", "clamp", "none"] = Field(
         "strict",
-        description="non-finite camera coordinates: 'strict' = the point is not valid; "
-        "'replace' = the untransformed points are used, as document 000 shows",
+        description="non-finite camera coordinates: 'strict' = the point is not valid; the other three are the "
+        "documents' ways: 'replace' = the untransformed points are used; 'clamp' = torch.clamp to ±1e6, which keeps "
+        "NaN; 'none' = nothing is done",
     )
     normalize: Literal["before_sampling", "after_sampling"] = Field(
         "before_sampling",
@@ -73,11 +75,13 @@ class ProjectionSettings(Strict):
 
 
 class GateSettings(Strict):
-    """LiteFusionGate."""
+    """The learned gates: LiteFusionGate, and EnhancedFusionGate with its attention over neighbours."""
 
-    hidden: Positive = 64
+    hidden: Positive = Field(64, description="width of the MLP of α; 'enhanced' takes four times as much")
     early_steps: int = Field(3000, ge=0, description="α = 0.5 with frozen weights for so many of `reference_steps`")
     invalid_alpha: Share = 0.1
+    neighbours: Positive = Field(8, description="enhanced: nearest points of the scene that a point attends to")
+    heads: Positive = Field(8, description="enhanced: heads of the attention; must divide the common width")
 
 
 class DecoderSettings(Strict):
@@ -107,7 +111,11 @@ class DecoderSettings(Strict):
 class ModelSettings(Strict):
     """Which model, and the sizes of its parts."""
 
-    fusion: Literal["none", "lite"] = Field("lite", description="'none' is the 3D baseline")
+    fusion: Literal["none", "lite", "simple", "enhanced"] = Field(
+        "lite",
+        description="'none' is the 3D baseline; 'lite' a learned gate; 'simple' the mean of 2D and 3D, or 3D alone "
+        "with clip.use=false; 'enhanced' a gate with attention over neighbours",
+    )
     common_width: Positive = Field(
         256, description="C: width of the fused point features (the baseline keeps the U-Net's)"
     )
@@ -118,6 +126,22 @@ class ModelSettings(Strict):
     projection: ProjectionSettings = ProjectionSettings()
     gate: GateSettings = GateSettings()
     decoder: DecoderSettings = DecoderSettings()
+
+    @property
+    def uses_clip(self) -> bool:
+        """The model has a 2D branch."""
+        return self.fusion != "none" and self.clip.use
+
+    @model_validator(mode="after")
+    def _fusion_has_what_it_fuses(self) -> ModelSettings:
+        if self.fusion in ("lite", "enhanced") and not self.clip.use:
+            raise ValueError(
+                f"fusion '{self.fusion}' weighs CLIP's features, and clip.use is false; "
+                "take fusion 'simple' or 'none', or set clip.use to true"
+            )
+        if self.fusion == "enhanced" and self.common_width % self.gate.heads:
+            raise ValueError(f"common_width {self.common_width} is not a multiple of gate.heads {self.gate.heads}")
+        return self
 
 
 class SemanticLossSettings(Strict):
@@ -160,7 +184,10 @@ class ClipAlignSettings(Strict):
     weight: NonNegative = 0.1
     target: Literal["point", "global"] = "point"
     temperature: PositiveNumber = 0.07
-    gradient_flow: Share = Field(0.05, description="share of the gradient let through to the 2D side")
+    gradient_flow: Share = Field(0.05, description="share of the gradient let through to the 2D side; 0 cuts the graph")
+    clamp: PositiveNumber | None = Field(
+        None, description="features of both sides are clamped to ± this before the cosine (002: 10); null = off"
+    )
 
 
 class SpatialConsistencySettings(Strict):

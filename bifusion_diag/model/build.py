@@ -36,5 +36,5 @@ def build_model(settings: Settings) -> Segmenter:
         encoder=encoder,
         pool=GeometryAwarePooling(encoder.out_channels),
         decoder=MixedQueryDecoder(model.decoder, encoder.out_channels),
-        criterion=Criterion(settings.losses, model.decoder, fused=model.fusion != "none"),
+        criterion=Criterion(settings.losses, model.decoder, fused=model.uses_clip),
     )

@@ -5,19 +5,30 @@ Legend: B scenes · V views a scene · N points in the batch · C common width �
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor, nn
 
 from bifusion_diag.config.settings import ModelSettings
 from bifusion_diag.data.batch import Batch
 from bifusion_diag.model.clip import ClipVisual
 from bifusion_diag.model.film import FiLM
-from bifusion_diag.model.gate import LiteFusionGate
+from bifusion_diag.model.gate import LearnedGate, SimpleFusion, make_gate
 from bifusion_diag.model.geometry_encoding import SIGNALS, GeometricEncoding, camera_rotation
 from bifusion_diag.model.heads import L2Normalize, ProjectionHead, VoxelHead
-from bifusion_diag.model.outputs import ClipTokens, EncoderOutput, Projection
+from bifusion_diag.model.outputs import ClipTokens, EncoderOutput, GateOutput, Projection
 from bifusion_diag.model.projection import PointProjection, PointSampling
 from bifusion_diag.model.sparse import Engine
 from bifusion_diag.model.unet import Res16UNet
+
+
+class _ImageFeatures(NamedTuple):
+    """What the 2D branch knows of a batch."""
+
+    f2d: Tensor  # (N, C)
+    global2d: Tensor  # (B, C), L2-normalised
+    projection: Projection
 
 
 class BiFusionEncoder(nn.Module):
@@ -28,6 +39,9 @@ class BiFusionEncoder(nn.Module):
     sampled, and so divides the zero vectors of points out of view by 1e-12: their gradient, before the sampling
     discards it, is 1e12 times what came in.
 
+    Without CLIP (``clip.use: false``; 001, plan A) there is no 2D branch, no projection and no gate: the fused feature
+    is the 3D feature after FiLM, whose encoding then has no camera, and the 2D outputs are None.
+
     Args:
         settings: of the model.
         early_share: share of the run for which the gate is held at ½.
@@ -35,14 +49,35 @@ class BiFusionEncoder(nn.Module):
 
     Attributes:
         out_channels: C.
+        sees_images: there is a 2D branch.
     """
+
+    clip: ClipVisual
+    spatial_head: ProjectionHead
+    global_head: ProjectionHead
+    projection: PointProjection
+    sampling: PointSampling
+    gate: LearnedGate | SimpleFusion
 
     def __init__(self, settings: ModelSettings, *, early_share: float, engine: Engine) -> None:
         super().__init__()
-        width, clip = settings.common_width, settings.clip
+        width = settings.common_width
         self.out_channels = width
-        self.normalize_map = settings.projection.normalize == "before_sampling"
+        self.sees_images = settings.uses_clip
         # in the order of their execution, which is the order instruments list them in
+        if self.sees_images:
+            self._add_image_branch(settings)
+        self.backbone = Res16UNet(settings.backbone, in_channels=3, engine=engine)
+        self.head3d = VoxelHead(self.backbone.out_channels, width)
+        self.normalize3d = L2Normalize(dim=1)
+        self.geometry = GeometricEncoding()
+        self.film = FiLM(SIGNALS, settings.film_hidden, width)
+        if self.sees_images:
+            self.gate = make_gate(settings, early_share=early_share)
+
+    def _add_image_branch(self, settings: ModelSettings) -> None:
+        clip, width = settings.clip, settings.common_width
+        self.normalize_map = settings.projection.normalize == "before_sampling"
         self.clip = ClipVisual(clip)
         self.spatial_head = ProjectionHead(
             clip.width, clip.head_hidden, width, dropout=clip.head_dropout, batchnorm=clip.head_batchnorm
@@ -51,23 +86,12 @@ class BiFusionEncoder(nn.Module):
         self.global_head = ProjectionHead(clip.width, clip.head_hidden, width, dropout=clip.head_dropout)
         self.normalize_global = L2Normalize(dim=1)
         self.projection = PointProjection(settings.projection)
-        self.sampling = PointSampling()
+        self.sampling = PointSampling(settings.projection)
         self.normalize2d = L2Normalize(dim=1)
-        self.backbone = Res16UNet(settings.backbone, in_channels=3, engine=engine)
-        self.head3d = VoxelHead(self.backbone.out_channels, width)
-        self.normalize3d = L2Normalize(dim=1)
-        self.geometry = GeometricEncoding()
-        self.film = FiLM(SIGNALS, settings.film_hidden, width)
-        self.gate = LiteFusionGate(settings.gate, width, early_share=early_share)
 
     def forward(self, batch: Batch) -> EncoderOutput:
         """Encode. The U-Net sees the augmented points; everything that meets the images, the captured ones."""
-        clip: ClipTokens = self.clip(batch.images)
-        global2d = self.global_head(clip.pooled).unflatten(0, batch.images.shape[:2]).mean(1)
-        projection: Projection = self.projection(
-            batch.xyz, batch.point_counts, batch.depth, batch.intrinsics, batch.pose
-        )
-        f2d = self._point_features(clip.tokens, projection, batch)
+        image = self._image_features(batch) if self.sees_images else None
         voxels = self.backbone.voxelize(batch.coords, batch.color, batch.scene_index)
         f3d = self.normalize3d(voxels.slice(self.head3d(self.backbone(voxels.tensor))))
 
@@ -77,22 +101,31 @@ class BiFusionEncoder(nn.Module):
             batch.superpoint,
             scenes=batch.batch_size,
             superpoints=sum(batch.superpoint_counts),
-            rotation=camera_rotation(batch.pose, projection, batch.scene_index),
+            rotation=_rotation(batch, image),
         )
-        gate = self.gate(*self.film(encoding, f2d, f3d), projection.valid, batch.point_counts)
+        if image is None:
+            return EncoderOutput(fused=self.film(encoding, f3d)[0], f3d=f3d)
+        valid = image.projection.valid
+        gate: GateOutput = self.gate(*self.film(encoding, image.f2d, f3d), valid, batch.point_counts, batch.xyz)
         return EncoderOutput(
-            fused=gate.fused,
-            f3d=f3d,
-            f2d=f2d,
-            alpha=gate.alpha,
-            valid=projection.valid,
-            global2d=self.normalize_global(global2d),
+            fused=gate.fused, f3d=f3d, f2d=image.f2d, alpha=gate.alpha, valid=valid, global2d=image.global2d
         )
 
     def provenance(self) -> dict[str, str]:
         """Which CLIP weights, and what convolves, for the run record."""
         engine = self.backbone.engine
-        return {"clip_weights": self.clip.provenance, "sparse_engine": f"{engine.name} {engine.version}"}
+        weights = {"clip_weights": self.clip.provenance} if self.sees_images else {}
+        return weights | {"sparse_engine": f"{engine.name} {engine.version}"}
+
+    def _image_features(self, batch: Batch) -> _ImageFeatures:
+        """The 2D branch."""
+        clip: ClipTokens = self.clip(batch.images)
+        global2d = self.global_head(clip.pooled).unflatten(0, batch.images.shape[:2]).mean(1)
+        projection: Projection = self.projection(
+            batch.xyz, batch.point_counts, batch.depth, batch.intrinsics, batch.pose
+        )
+        f2d = self._point_features(clip.tokens, projection, batch)
+        return _ImageFeatures(f2d=f2d, global2d=self.normalize_global(global2d), projection=projection)
 
     def _point_features(self, tokens: Tensor, projection: Projection, batch: Batch) -> Tensor:
         """CLIP tokens (B·V, D, h, w) → 2D features at the points (N, C)."""
@@ -104,3 +137,10 @@ class BiFusionEncoder(nn.Module):
         frame_height, frame_width = batch.depth.shape[-2:]
         sampled: Tensor = self.sampling(maps, projection, batch.scene_index, (frame_height, frame_width))
         return sampled if self.normalize_map else self.normalize2d(sampled)
+
+
+def _rotation(batch: Batch, image: _ImageFeatures | None) -> Tensor:
+    """(N, 3, 3) rotation of the camera that sees each point; the identity where there is none."""
+    if image is None:
+        return torch.eye(3, dtype=batch.pose.dtype, device=batch.pose.device).expand(len(batch.xyz), 3, 3)
+    return camera_rotation(batch.pose, image.projection, batch.scene_index)

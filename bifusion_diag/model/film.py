@@ -8,7 +8,7 @@ from torch import Tensor, nn
 class FiLM(nn.Module):
     """(1 + γ) ⊙ f + β, with γ and β from the geometric encoding: Linear → SiLU → Linear.
 
-    The last layer starts at zero, so that the modulation starts as the identity. One γ and β serve both branches.
+    The last layer starts at zero, so that the modulation starts as the identity. One γ and β serve all branches.
 
     Args:
         in_width: signals of the encoding.
@@ -23,7 +23,7 @@ class FiLM(nn.Module):
         nn.init.zeros_(last.bias)
         self.mlp = nn.Sequential(nn.Linear(in_width, hidden), nn.SiLU(), last)
 
-    def forward(self, encoding: Tensor, f2d: Tensor, f3d: Tensor) -> tuple[Tensor, Tensor]:
-        """Modulate f2d and f3d, (N, C) each, by the encoding (N, in_width)."""
+    def forward(self, encoding: Tensor, *features: Tensor) -> tuple[Tensor, ...]:
+        """Modulate each of the features, (N, C), by the encoding (N, in_width)."""
         gamma, beta = self.mlp(encoding).chunk(2, dim=1)
-        return (1 + gamma) * f2d + beta, (1 + gamma) * f3d + beta
+        return tuple((1 + gamma) * branch + beta for branch in features)

@@ -22,7 +22,7 @@ class Projection(NamedTuple):
     """Where every point lands in every view of its scene."""
 
     camera_xyz: Tensor  # (N, V, 3) [m], as the transform gave it: non-finite where the pose is
-    uv: Tensor  # (N, V, 2) [px], 0 where not in front of the camera
+    uv: Tensor  # (N, V, 2) [px], 0 where not in front of the camera (sanitize clamp, none: anything, even NaN)
     in_front: Tensor  # (N, V) bool
     inside: Tensor  # (N, V) bool: in front and inside the image
     visible: Tensor  # (N, V) bool: inside, and the depth image agrees within ε

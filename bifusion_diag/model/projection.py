@@ -18,6 +18,11 @@ from bifusion_diag.config.settings import ProjectionSettings
 from bifusion_diag.data.geometry import project, to_camera
 from bifusion_diag.model.outputs import Projection
 
+#: Ways of ``sanitize`` under which a point without a finite place in front of the camera has no pixel.
+GUARDED = ("strict", "replace")
+#: The documents' bound of camera coordinates [m].
+FARTHEST = 1e6
+
 
 class PointProjection(nn.Module):
     """Where each point lands in each view of its scene, and which view sees it best.
@@ -25,15 +30,27 @@ class PointProjection(nn.Module):
     A point is visible in a view if it is in front of the camera, inside the image, and the depth image at the nearest
     pixel has a reading within ε of the point's z. No gradient passes.
 
-    Non-finite camera coordinates (a lost pose) are not in front of any camera under ``sanitize: strict``. Under
-    ``replace``, document 000's remedy is followed to the letter: if a single coordinate of a view is non-finite, that
-    whole view goes on with the untransformed world coordinates, which are finite and wrong.
+    What becomes of non-finite camera coordinates (a lost pose) is a setting. Only ``strict`` is right; the others
+    follow the documents to the letter, view by view: if a single coordinate of a view is non-finite, all of it is
+    treated.
+
+    ==========  ==================================================================================================
+    sanitize    a view with a non-finite coordinate
+    ==========  ==================================================================================================
+    strict      its non-finite points are not in front of the camera and have no pixel
+    replace     goes on with the untransformed world coordinates, which are finite and wrong (000, "NaN detection")
+    clamp       its coordinates are clamped to ±1e6 m, which makes ±∞ finite and leaves NaN as it is (000, phase 1)
+    none        goes on as it is
+    ==========  ==================================================================================================
+
+    Under ``clamp`` and ``none`` the division by z is not guarded either: points may have a NaN pixel. Every comparison
+    with NaN is false, so they are not valid; :class:`PointSampling` tells how they spoil the features all the same.
     """
 
     def __init__(self, settings: ProjectionSettings) -> None:
         super().__init__()
         self.depth_tolerance = settings.depth_tolerance
-        self.replace = settings.sanitize == "replace"
+        self.sanitize = settings.sanitize
 
     @torch.no_grad()
     def forward(
@@ -56,14 +73,9 @@ class PointProjection(nn.Module):
     def _scene(self, xyz: Tensor, depth: Tensor, intrinsics: Tensor, pose: Tensor) -> Projection:
         """One scene: (N_i, 3), (V, H, W), (V, 3, 3), (V, 4, 4)."""
         raw = to_camera(xyz, pose)  # (V, N_i, 3)
-        camera = raw
-        if self.replace:
-            broken = ~torch.isfinite(raw).all(dim=(1, 2), keepdim=True)
-            camera = torch.where(broken, xyz, raw)
+        camera, uv, in_front = self._sanitized(xyz, raw, intrinsics)
         z = camera[..., 2]
-        uv = project(camera, intrinsics)
         height, width = depth.shape[-2:]
-        in_front = torch.isfinite(camera).all(-1) & (z > 0)
         bound = uv.new_tensor([width, height]) - 0.5
         inside = in_front & ((uv >= -0.5) & (uv < bound)).all(-1)
 
@@ -83,13 +95,33 @@ class PointProjection(nn.Module):
             valid=visible.any(0),
         )
 
+    def _sanitized(self, xyz: Tensor, raw: Tensor, intrinsics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Camera coordinates (V, N_i, 3) to go on with, their pixels (V, N_i, 2), and which are in front (V, N_i)."""
+        broken = ~torch.isfinite(raw).all(dim=(1, 2), keepdim=True)
+        if self.sanitize in GUARDED:
+            camera = torch.where(broken, xyz, raw) if self.sanitize == "replace" else raw
+            in_front = torch.isfinite(camera).all(-1) & (camera[..., 2] > 0)
+            return camera, project(camera, intrinsics), in_front
+        camera = torch.where(broken, raw.clamp(-FARTHEST, FARTHEST), raw) if self.sanitize == "clamp" else raw
+        homogeneous = camera @ intrinsics.transpose(-1, -2)
+        return camera, homogeneous[..., :2] / homogeneous[..., 2:], camera[..., 2] > 0
+
 
 class PointSampling(nn.Module):
     """2D feature maps → one feature a point: bilinear, at the point's pixel in its chosen view, 0 where none is valid.
 
     Pixel u of a W wide image lies at (u + ½)·w/W − ½ of a w wide map; beyond the outermost cells the map's border
     goes on. The backward pass sums in a fixed order (embedding_bag sorts by cell), so reruns are bit-identical.
+
+    Under ``sanitize: clamp`` and ``none`` the features of points that are not valid are multiplied by 0, as such code
+    does, instead of being replaced by 0. A pixel that is not finite has NaN weights, as in ``grid_sample``, and 0 · NaN
+    is NaN: the sampled feature is, and so is the fused one. On the way back the NaN weights meet the features, so that
+    even a gradient of 0 arrives at the map as NaN.
     """
+
+    def __init__(self, settings: ProjectionSettings) -> None:
+        super().__init__()
+        self.guarded = settings.sanitize in GUARDED
 
     def forward(self, maps: Tensor, projection: Projection, scene_index: Tensor, image_size: tuple[int, int]) -> Tensor:
         """Sample (N, C) features.
@@ -104,7 +136,9 @@ class PointSampling(nn.Module):
         views = projection.uv.shape[1]
         valid = projection.valid[:, None]
         points = torch.arange(len(scene_index), device=scene_index.device)
-        uv = torch.where(valid, projection.uv[points, projection.view], 0.0)
+        uv = projection.uv[points, projection.view]
+        if self.guarded:
+            uv = torch.where(valid, uv, 0.0)
         x0, x1, right = _cells(uv[:, 0], image_size[1], width)
         y0, y1, down = _cells(uv[:, 1], image_size[0], height)
 
@@ -113,11 +147,17 @@ class PointSampling(nn.Module):
         weights = torch.stack([a * b for a in (1 - down, down) for b in (1 - right, right)], dim=1).to(maps.dtype)
         rows = maps.permute(0, 2, 3, 1).flatten(0, 2)
         sampled = F.embedding_bag(cells, rows, per_sample_weights=weights, mode="sum")
-        return torch.where(valid, sampled, 0.0)
+        return torch.where(valid, sampled, 0.0) if self.guarded else sampled * valid
 
 
 def _cells(pixel: Tensor, image_length: int, map_length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Along one axis: the two cells between which a pixel coordinate (N,) lies, and the weight of the second."""
-    position = ((pixel + 0.5) * (map_length / image_length) - 0.5).clamp(0, map_length - 1)
+    """Along one axis: the two cells between which a pixel coordinate (N,) lies, and the weight of the second.
+
+    A coordinate that is not finite lies at the first cells, with NaN for a weight.
+    """
+    finite = pixel.isfinite()
+    position = (torch.where(finite, pixel, 0.0) + 0.5) * (map_length / image_length) - 0.5
+    position = position.clamp(0, map_length - 1)
     low = position.floor()
-    return low.long(), (low.long() + 1).clamp(max=map_length - 1), position - low
+    weight = torch.where(finite, position - low, torch.nan)
+    return low.long(), (low.long() + 1).clamp(max=map_length - 1), weight

@@ -98,7 +98,7 @@ def test_fused_is_film_and_gate_of_the_reported_branches(batch_of_two: Callable[
     encoder = make_encoder()  # a fresh FiLM is the identity
     batch = batch_of_two()
     out = encoder(batch)
-    gate = encoder.gate(out.f2d, out.f3d, out.valid, batch.point_counts)
+    gate = encoder.gate(out.f2d, out.f3d, out.valid, batch.point_counts, batch.xyz)
     torch.testing.assert_close(out.fused, gate.fused)
     torch.testing.assert_close(out.alpha, gate.alpha)
 

@@ -31,7 +31,7 @@ def test_gate_follows_its_formula_scene_by_scene() -> None:
     counts = (6, 0, 4)
     f2d, f3d = torch.randn(10, 8), torch.randn(10, 8)
     valid = torch.rand(10) > 0.4
-    found = gate(f2d, f3d, valid, counts)
+    found = gate(f2d, f3d, valid, counts, torch.rand(len(f2d), 3))
 
     first, _, last = gate.point_mlp
     channel = gate.channel
@@ -55,7 +55,7 @@ def test_a_scene_with_nan_leaves_the_others_alone() -> None:
     gate = LiteFusionGate(GateSettings(hidden=16), 8, early_share=0.0)
     f2d, f3d = torch.randn(10, 8), torch.randn(10, 8)
     f3d[2] = torch.nan
-    found = gate(f2d, f3d, torch.ones(10, dtype=torch.bool), (5, 5))
+    found = gate(f2d, f3d, torch.ones(10, dtype=torch.bool), (5, 5), torch.rand(len(f2d), 3))
     assert torch.isnan(found.fused[:5]).any()
     assert torch.isfinite(found.fused[5:]).all()
 
@@ -74,14 +74,14 @@ def test_early_phase_is_one_half_and_frozen() -> None:
     f2d, f3d = torch.randn(6, 8), torch.randn(6, 8)
     valid = torch.tensor([True, True, False, True, False, True])
     gate.set_progress(8, 99)
-    early = gate(f2d, f3d, valid, (6,))
+    early = gate(f2d, f3d, valid, (6,), torch.rand(len(f2d), 3))
     assert early.alpha[:, 0].tolist() == torch.where(valid, 0.5, 0.1).tolist()
     early.fused.sum().backward()
     assert all(p.grad is None and not p.requires_grad for p in gate.point_mlp.parameters())
     assert gate.channel.weight.grad is not None
 
     gate.set_progress(9, 99)  # 3000 of 33000 steps are 9 of 99
-    late = gate(f2d, f3d, valid, (6,))
+    late = gate(f2d, f3d, valid, (6,), torch.rand(len(f2d), 3))
     assert (late.alpha[valid] != 0.5).all()
     late.fused.sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in gate.point_mlp.parameters())

@@ -167,7 +167,7 @@ def test_sampling_equals_hand_written_bilinear() -> None:
     view = torch.arange(n) % 2
     valid = torch.rand(n) > 0.2
     scene = (torch.arange(n) >= n // 2).long()
-    found = PointSampling()(maps, at_pixels(uv, valid, 2, view), scene, (H, W))
+    found = PointSampling(ProjectionSettings())(maps, at_pixels(uv, valid, 2, view), scene, (H, W))
     for i in range(n):
         image = maps[int(scene[i]) * 2 + int(view[i])].double().numpy()
         want = bilinear(image, float(uv[i, 0]), float(uv[i, 1]), H, W) if valid[i] else np.zeros(3)
@@ -179,7 +179,7 @@ def test_sampling_passes_gradcheck_and_nothing_comes_from_invalid_points() -> No
     uv = (torch.rand(9, 2) * torch.tensor([W, H]) - 0.5).double()
     projection = at_pixels(uv, torch.ones(9, dtype=torch.bool), 1, torch.zeros(9, dtype=torch.int64))
     scene = torch.tensor([0] * 5 + [1] * 4)
-    sampling = PointSampling()
+    sampling = PointSampling(ProjectionSettings())
     assert torch.autograd.gradcheck(lambda m: sampling(m, projection, scene, (H, W)), (maps,))
 
     invalid = projection._replace(valid=torch.zeros(9, dtype=torch.bool), uv=torch.full((9, 1, 2), torch.nan))

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from bifusion_diag.config.settings import NoViewSettings
 from bifusion_diag.data.batch import Batch
-from bifusion_diag.model.losses.neighbours import draw, neighbourhoods
+from bifusion_diag.model.neighbours import draw, neighbourhoods
 from bifusion_diag.model.outputs import EncoderOutput
 
 _NEIGHBOURS = 8  # as many as the spatial consistency of document 003 looks at

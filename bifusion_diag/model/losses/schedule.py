@@ -13,13 +13,15 @@ A term whose own weight is 0 is off under every schedule.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from bifusion_diag.config.settings import LossSettings
 
-#: 003, "dynamic weight schedule": (progress before which the row holds [%], semantic, instance, clip, aux).
-STAGES = ((30, 0.3, 0.4, 0.2, 0.1), (70, 0.4, 0.5, 0.08, 0.02), (100, 0.45, 0.5, 0.04, 0.01))
+#: 003, "dynamic weight schedule": (progress from which the row holds [%], semantic, instance, clip, aux).
+STAGES = ((0, 0.3, 0.4, 0.2, 0.1), (30, 0.4, 0.5, 0.08, 0.02), (70, 0.45, 0.5, 0.04, 0.01))
 
-#: 000, "progressive CLIP loss": (epoch before which the weight holds, clip).
-CLIP_EPOCHS = ((11, 0.0), (21, 0.001), (128, 0.01))
+#: 000, "progressive CLIP loss": (epoch from which the weight holds, clip).
+CLIP_EPOCHS = ((0, 0.0), (11, 0.001), (21, 0.01))
 RUN_EPOCHS = 128  # length of the run that these epochs belong to (001: its last phase ends at epoch 128)
 
 
@@ -29,7 +31,8 @@ def group_weights(settings: LossSettings, step: int, total_steps: int) -> dict[s
     Args:
         settings: own weights and the schedule.
         step: steps done, 0 ≤ step < total_steps (a later step counts as the last phase).
-        total_steps: length of the run; the documents' percentages and epochs are scaled to it.
+        total_steps: length of the run; the documents' percentages and epochs are scaled to it, and each phase gets at
+            least one step of a run that has as many.
 
     Returns:
         Weights of ``semantic``, ``instance`` (multiplies its parts), ``clip_align``, ``spatial_consistency`` and
@@ -44,13 +47,23 @@ def group_weights(settings: LossSettings, step: int, total_steps: int) -> dict[s
     }
     scheduled = dict(own)
     if settings.schedule == "staged":
-        # Whole numbers, so that the boundary falls on the same step whatever the rounding.
-        row = next((row for row in STAGES if 100 * step < row[0] * total_steps), STAGES[-1])
+        row = STAGES[_phase([row[0] for row in STAGES], 100, step, total_steps)]
         _, scheduled["semantic"], scheduled["instance"], scheduled["clip_align"], aux = row
         both = own["spatial_consistency"] + own["no_view"]
         for name in ("spatial_consistency", "no_view"):
             scheduled[name] = aux * own[name] / both if both else 0.0
     elif settings.schedule == "progressive_clip":
-        epoch = RUN_EPOCHS * step // total_steps
-        scheduled["clip_align"] = next((clip for before, clip in CLIP_EPOCHS if epoch < before), CLIP_EPOCHS[-1][1])
+        phase = _phase([row[0] for row in CLIP_EPOCHS], RUN_EPOCHS, step, total_steps)
+        scheduled["clip_align"] = CLIP_EPOCHS[phase][1]
     return {name: weight if own[name] else 0.0 for name, weight in scheduled.items()}
+
+
+def _phase(begins: Sequence[int], whole: int, step: int, total_steps: int) -> int:
+    """Which phase holds at a step, where phase i begins at the share ``begins[i] / whole`` of the run."""
+    phase, first = 0, 0
+    for place, begin in enumerate(begins[1:], start=1):
+        # rounded up in whole numbers, so that the boundary falls on the same step whatever the machine
+        first = max(first + 1, -(-begin * total_steps // whole))
+        if step >= first:
+            phase = place
+    return phase

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from bifusion_diag.config.settings import SpatialConsistencySettings
 from bifusion_diag.data.batch import Batch
-from bifusion_diag.model.losses.neighbours import draw, neighbourhoods
+from bifusion_diag.model.neighbours import draw, neighbourhoods
 
 
 def spatial_consistency_loss(features: Tensor, batch: Batch, settings: SpatialConsistencySettings) -> Tensor:

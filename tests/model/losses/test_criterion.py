@@ -48,7 +48,7 @@ BASELINE_TERMS = ("semantic", "instance_class", "instance_bce", "instance_dice")
 )
 def test_presets_have_their_terms_in_fixed_order(preset: str, terms: tuple[str, ...]) -> None:
     settings = load_settings(preset)
-    criterion = Criterion(settings.losses, settings.model.decoder, fused=settings.model.fusion != "none")
+    criterion = Criterion(settings.losses, settings.model.decoder, fused=settings.model.uses_clip)
     assert criterion.term_names == terms
 
 
