@@ -1,0 +1,15 @@
+"""This project's own checkpoints: the weights of an earlier run, or a plain state dict of the model."""
+
+from __future__ import annotations
+
+from bifusion_diag.model.checkpoints.layout import Layout
+
+RUN = Layout(
+    "bifusion-diag checkpoint",
+    signature=(r"model/encoder\.", r"model/decoder\."),
+    rules=((r"model/", ""),),
+    covers=None,
+    aside=("optimizer/", "random/"),
+)
+
+STATE_DICT = Layout("bifusion-diag state dict", signature=(r"encoder\.", r"decoder\."), rules=((r"", ""),), covers=None)
