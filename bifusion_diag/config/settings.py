@@ -120,6 +120,11 @@ class ModelSettings(Strict):
         256, description="C: width of the fused point features (the baseline keeps the U-Net's)"
     )
     sparse_engine: Literal["auto", "native", "minkowski"] = "auto"
+    init_from: str | None = Field(
+        None,
+        description="a file of weights to begin with: ESAM, OneFormer3D, Mask3D, a Res16UNet alone, or an earlier run's "
+        "state.safetensors; what does not fit begins fresh",
+    )
     film_hidden: Positive = 128
     backbone: BackboneSettings = BackboneSettings()
     clip: ClipSettings = ClipSettings()
