@@ -32,6 +32,12 @@ def train(
     clip_weights: Annotated[
         str | None, typer.Option(help="random, a local file, or an open_clip pretrained tag.")
     ] = None,
+    evaluate_every: Annotated[
+        int | None, typer.Option(help="Steps between evaluations on scenes that are not trained on; 0 = none.")
+    ] = None,
+    val_data: Annotated[
+        str | None, typer.Option(help="Folder of RGB-D frames to evaluate on. Synthetic runs have rooms of their own.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with settings.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="key=value, for example optim.lr=1e-4. May be repeated.")
@@ -50,6 +56,8 @@ def train(
         "training.device": device,
         "model.sparse_engine": sparse_engine,
         "model.clip.weights": clip_weights,
+        "evaluation.every": evaluate_every,
+        "evaluation.source": val_data,
     }
     given = {key: value for key, value in shorthands.items() if value is not None}
     console = Console(stderr=True)

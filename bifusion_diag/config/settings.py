@@ -108,6 +108,16 @@ class DecoderSettings(Strict):
         return self
 
 
+class InferenceSettings(Strict):
+    """How instances are read out of the predictions."""
+
+    candidates: Positive = Field(500, description="best pairs of query and class that enter matrix NMS")
+    max_instances: Positive = Field(100, description="instances kept a scene")
+    mask_threshold: Share = Field(0.5, description="probability above which a point is in a mask")
+    min_score: Share = Field(0.0, description="instances must score more; a copy of a better mask scores 0")
+    min_points: Positive = Field(10, description="fewest points of an instance")
+
+
 class ModelSettings(Strict):
     """Which model, and the sizes of its parts."""
 
@@ -131,6 +141,12 @@ class ModelSettings(Strict):
     projection: ProjectionSettings = ProjectionSettings()
     gate: GateSettings = GateSettings()
     decoder: DecoderSettings = DecoderSettings()
+    inference: InferenceSettings = InferenceSettings()
+    diffusion_radius: NonNegative = Field(
+        0.5,
+        description="points without semantics get those of the nearest superpoint with some within this distance [m]; "
+        "0 = background",
+    )
 
     @property
     def uses_clip(self) -> bool:
@@ -273,6 +289,31 @@ class TrainingSettings(Strict):
         return {True: "heads_first", False: "none"}[value] if isinstance(value, bool) else value
 
 
+class EvaluationSettings(Strict):
+    """Metrics on scenes that the run does not train on."""
+
+    every: int = Field(
+        0, ge=0, description="steps between evaluations; the first is of the untrained model. 0 = no evaluation"
+    )
+    source: str | None = Field(
+        None,
+        description="'synthetic' or a folder of RGB-D frames; null = synthetic rooms of their own where the run trains "
+        "on synthetic rooms, else the scenes that `holdout` keeps",
+    )
+    scenes: Positive = Field(8, description="scenes evaluated, spread evenly over a larger source")
+    holdout: float = Field(
+        0.0, ge=0.0, lt=1.0, description="share of the source's scenes, the last ones, that training leaves out"
+    )
+    max_points: Positive | None = Field(
+        None, description="points kept of a scene, at random but always the same; null = `data.max_points`"
+    )
+    min_region: Positive | None = Field(
+        None,
+        description="fewest points of an object in AP; null = ScanNet's 100 at its density: 100 for every 20,000 of "
+        "`max_points`",
+    )
+
+
 class AugmentSettings(Strict):
     """Augmentation of the points, as in ESAM. It never touches what the projection uses."""
 
@@ -328,3 +369,4 @@ class Settings(Strict):
     optim: OptimSettings = OptimSettings()
     training: TrainingSettings = TrainingSettings()
     data: DataSettings = DataSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()

@@ -3,6 +3,7 @@
 ==================  ===================================================================================
 ``scene``           :class:`Scene`, one sample in numpy
 ``source``          :class:`SceneSource` and :func:`open_source`: where scenes come from
+``subset``          :class:`SceneSubset`: some of a source's scenes
 ``synthetic``       procedural rooms with ground truth
 ``rgbd``            folders of RGB-D frames
 ``superpoints``     VCCS over-segmentation
@@ -23,6 +24,7 @@ from bifusion_diag.data.loader import BatchLoader
 from bifusion_diag.data.scannet200 import CLASS_NAMES, STUFF_CLASSES, class_id
 from bifusion_diag.data.scene import Scene
 from bifusion_diag.data.source import SceneSource, open_source
+from bifusion_diag.data.subset import SceneSubset
 
 __all__ = [
     "CLASS_NAMES",
@@ -32,6 +34,7 @@ __all__ = [
     "BatchLoader",
     "Scene",
     "SceneSource",
+    "SceneSubset",
     "class_id",
     "collate",
     "crop_scene",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from bifusion_diag.config.settings import Settings
 from bifusion_diag.model.decoder import MixedQueryDecoder
 from bifusion_diag.model.encoder3d import Encoder3D
+from bifusion_diag.model.inference import Inference
 from bifusion_diag.model.losses import Criterion
 from bifusion_diag.model.pooling import GeometryAwarePooling
 from bifusion_diag.model.segmenter import Segmenter
@@ -37,4 +38,10 @@ def build_model(settings: Settings) -> Segmenter:
         pool=GeometryAwarePooling(encoder.out_channels),
         decoder=MixedQueryDecoder(model.decoder, encoder.out_channels),
         criterion=Criterion(settings.losses, model.decoder, fused=model.uses_clip),
+        inference=Inference(
+            model.inference,
+            diffusion_radius=model.diffusion_radius,
+            semantic_classes=model.decoder.semantic_classes,
+            logit_scores=settings.losses.instance.style == "unified",
+        ),
     )

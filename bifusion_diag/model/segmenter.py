@@ -9,6 +9,7 @@ from torch import nn
 from bifusion_diag.data.batch import Batch
 from bifusion_diag.model.decoder import MixedQueryDecoder
 from bifusion_diag.model.encoder3d import Encoder3D
+from bifusion_diag.model.inference import Inference, ScenePrediction, evaluating
 from bifusion_diag.model.losses import Criterion
 from bifusion_diag.model.outputs import EncoderOutput, Predictions, SegmenterOutput
 from bifusion_diag.model.pooling import GeometryAwarePooling
@@ -36,12 +37,14 @@ class Segmenter(nn.Module):
         pool: GeometryAwarePooling,
         decoder: MixedQueryDecoder,
         criterion: Criterion,
+        inference: Inference,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.pool = pool
         self.decoder = decoder
         self.criterion = criterion
+        self.inference = inference
 
     def set_progress(self, step: int, total_steps: int) -> None:
         """Tell every part whose behaviour depends on it how far the run is (``step`` counts from 0)."""
@@ -52,6 +55,16 @@ class Segmenter(nn.Module):
 
     def forward(self, batch: Batch) -> SegmenterOutput:
         """Predictions and loss of a batch."""
+        predictions = self.predictions(batch)
+        return SegmenterOutput(predictions=predictions, loss=self.criterion(predictions, batch))
+
+    def predict(self, batch: Batch) -> list[ScenePrediction]:
+        """Instances and semantics of every scene, in evaluation mode and without a gradient."""
+        with evaluating(self):
+            return self.inference(self.predictions(batch), batch)
+
+    def predictions(self, batch: Batch) -> Predictions:
+        """What the decoder says, in the mode that the model is in."""
         encoder: EncoderOutput = self.encoder(batch)
         pooled = self.pool(encoder.fused, batch.coords, batch.superpoint, sum(batch.superpoint_counts))
         decoded = self.decoder(
@@ -63,14 +76,13 @@ class Segmenter(nn.Module):
             batch.superpoint,
             pooled.point_weight,
         )
-        predictions = Predictions(
+        return Predictions(
             layers=decoded.layers,
             semantic=decoded.semantic,
             query_superpoints=decoded.query_superpoints,
             encoder=encoder,
             superpoints=pooled.features,
         )
-        return SegmenterOutput(predictions=predictions, loss=self.criterion(predictions, batch))
 
     def provenance(self) -> dict[str, str]:
         """Where the model's weights and its convolutions come from, for the run record."""

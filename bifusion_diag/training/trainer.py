@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from bifusion_diag.config import Settings, settings_from_dict
-from bifusion_diag.data import Batch, BatchLoader, open_source
+from bifusion_diag.data import Batch, BatchLoader
 from bifusion_diag.diagnosis import SpikeDetector, measure_record, measures_to_dict
 from bifusion_diag.errors import UserError
 from bifusion_diag.model.build import build_model
@@ -38,13 +38,14 @@ from bifusion_diag.training.checkpoint import (
     save_checkpoint,
 )
 from bifusion_diag.training.determinism import choose_device, make_deterministic, torch_environment
+from bifusion_diag.training.evaluation import Evaluator, training_source, validation_source
 from bifusion_diag.training.optim import build_optimizer, clip_gradient, learning_rate
 from bifusion_diag.training.progress import ProgressDisplay
-from bifusion_diag.training.signals import stop_on_signals
+from bifusion_diag.training.signals import StopRequest, stop_on_signals
 from bifusion_diag.training.stages import StageSwitch, stages_of
 
 ALWAYS = ("losses",)  # no run without its losses
-UNITS = {"train/step_seconds": "s", "train/data_seconds": "s"}
+UNITS = {"train/step_seconds": "s", "train/data_seconds": "s", "eval/seconds": "s"}
 
 
 def start_training(
@@ -88,13 +89,15 @@ class Trainer:
 
     A step, in order::
 
-        the batch of this step is loaded           a pure function of seed and step
         the stage freezes what must not learn      event "stage" when it changes
+        the model is evaluated                     every so many steps; it leaves no trace in the training
+        the batch of this step is loaded           a pure function of seed and step
         with monitor.step(step):
             forward, loss, backward                the probes measure
         the gradient is clipped                    its norm before clipping is kept
         the numbers are judged                     events "non-finite" and "spike"
         the optimiser steps
+        after the last step, the model is evaluated
     """
 
     def __init__(
@@ -114,7 +117,8 @@ class Trainer:
         self.console = console
         self.device = choose_device(training.device)
         make_deterministic(training.seed, training.threads)
-        source = open_source(settings.data, seed=training.seed)
+        source = training_source(settings)
+        self.evaluator = Evaluator(settings, validation_source(settings)) if settings.evaluation.every else None
         self.loader = BatchLoader(source, settings.data, batch_size=training.batch_size, seed=training.seed)
         self.model = build_model(settings).to(self.device).train()
         self.optimizer = build_optimizer(self.model, settings.optim)
@@ -136,6 +140,7 @@ class Trainer:
                 "labels": source.describe()["labels"],
                 "data": source.describe(),
                 "scenes_per_epoch": self.loader.scenes_per_epoch,
+                **({} if self.evaluator is None else {"validation": self.evaluator.provenance()}),
             },
             parameters={name: size._asdict() for name, size in self.model.part_sizes().items()},
             probes=probes,
@@ -158,8 +163,17 @@ class Trainer:
             title = f"{self.settings.preset} ({self.settings.scale})"
             with ProgressDisplay(self.console, title, training.steps, done) as display, self.monitor:
                 while done < training.steps and not stop.requested:
+                    self._enter(done, display)
+                    measured = self._evaluated(done, stop, display) if self._evaluates_before(done) else {}
+                    if stop.requested:
+                        break
                     self._step(done, display)
                     done += 1
+                    if done == training.steps:
+                        measured = self._evaluated(done, stop, display)
+                    for name, value in measured.items():
+                        self.monitor.log(name, value)
+                    self.monitor.end_step()
                     if training.checkpoint_every and done % training.checkpoint_every == 0 and done < training.steps:
                         self._save(done)
             if stop.requested:
@@ -170,15 +184,18 @@ class Trainer:
             self.writer.finish("interrupted" if done < training.steps else "completed", measures=measures)
         return load_run(self.out)
 
-    def _step(self, step: int, display: ProgressDisplay) -> None:
-        began = time.perf_counter()
-        batch = self.loader.batch(step).to(self.device)
-        loaded = time.perf_counter()
+    def _enter(self, step: int, display: ProgressDisplay) -> None:
+        """Put the model into the stage and the schedules of this step."""
         stage = self.stages.enter(step)
         if stage is not None:
             self.writer.event(step, "stage", f"stage {stage.name}: {stage.description}", name=stage.name)
             display.note(f"step {step}: stage {stage.name} ({stage.description})")
         self.model.set_progress(step, self.settings.training.steps)
+
+    def _step(self, step: int, display: ProgressDisplay) -> None:
+        began = time.perf_counter()
+        batch = self.loader.batch(step).to(self.device)
+        loaded = time.perf_counter()
         rate = learning_rate(self.settings.optim, step, self.settings.training.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -200,8 +217,26 @@ class Trainer:
         }
         for name, value in logs.items():
             self.monitor.log(name, value)
-        self.monitor.end_step()
         display.step(step + 1, total, norm)
+
+    def _evaluates_before(self, step: int) -> bool:
+        """Whether the weights that a step begins with are evaluated, and recorded at that step.
+
+        Not those of the last step: the evaluation after it is recorded there.
+        """
+        every, last = self.settings.evaluation.every, self.settings.training.steps - 1
+        return every > 0 and step % every == 0 and step < last
+
+    def _evaluated(self, done: int, stop: StopRequest, display: ProgressDisplay) -> dict[str, float]:
+        """The metrics of the weights after so many steps; none without an evaluator, or once a signal has come."""
+        if self.evaluator is None:
+            return {}
+        metrics = self.evaluator.evaluate(self.model, self.device, lambda: stop.requested)
+        if metrics:
+            shown = {"mIoU": "eval/miou", "AP50": "eval/ap50"}
+            numbers = [f"{word} {metrics[name]:.4f}" for word, name in shown.items() if name in metrics]
+            display.note(f"evaluated after {done} steps: {' · '.join(numbers) or 'nothing is labelled'}")
+        return metrics
 
     def _judge(
         self, step: int, batch: Batch, loss: LossOutput, total: float, norm: float, display: ProgressDisplay

@@ -1,0 +1,35 @@
+"""Some of a source's scenes as a source of their own: what is kept out of training, or in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bifusion_diag.data.scene import Scene
+from bifusion_diag.data.source import SceneSource
+
+
+class SceneSubset:
+    """A :class:`~bifusion_diag.data.source.SceneSource` of chosen scenes.
+
+    Args:
+        source: where they come from.
+        indices: which, in the order in which they are served.
+    """
+
+    def __init__(self, source: SceneSource, indices: Sequence[int]) -> None:
+        self.source = source
+        self.indices = tuple(indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Scene:
+        if not 0 <= index < len(self):
+            raise IndexError(f"scene {index} of {len(self)} chosen scenes")
+        return self.source[self.indices[index]]
+
+    def describe(self) -> dict[str, Any]:
+        """That of the source, with the number of chosen scenes, and of how many."""
+        whole = self.source.describe()
+        return whole | {"scenes": len(self), "of": whole.get("scenes", len(self.source))}
