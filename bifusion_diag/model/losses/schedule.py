@@ -62,8 +62,9 @@ def _phase(begins: Sequence[int], whole: int, step: int, total_steps: int) -> in
     """Which phase holds at a step, where phase i begins at the share ``begins[i] / whole`` of the run."""
     phase, first = 0, 0
     for place, begin in enumerate(begins[1:], start=1):
-        # rounded up in whole numbers, so that the boundary falls on the same step whatever the machine
-        first = max(first + 1, -(-begin * total_steps // whole))
+        # rounded up in whole numbers, so that the boundary falls on the same step whatever the machine; early enough
+        # for a step of each phase that follows
+        first = max(first + 1, min(-(-begin * total_steps // whole), total_steps - (len(begins) - place)))
         if step >= first:
             phase = place
     return phase

@@ -81,6 +81,60 @@ def test_the_declared_share_of_the_gradient_reaches_the_2d_head(share: float, ta
     torch.testing.assert_close(limited_3d, full_3d)
 
 
+@pytest.mark.parametrize("target", ["point", "global"])
+def test_a_flow_of_zero_cuts_the_graph(target: str) -> None:
+    """Not a gradient times 0, which would be NaN where the gradient is."""
+    f2d = torch.randn(5, 4, requires_grad=True)
+    encoder = _encoder(f2d)
+    assert encoder.global2d is not None
+    settings = ClipAlignSettings.model_validate({"target": target, "gradient_flow": 0.0})
+    loss = clip_align_loss(encoder, SCENE_INDEX, settings)
+    (loss * torch.nan).backward()
+    assert f2d.grad is None
+    assert encoder.global2d.grad is None
+    side_3d = encoder.fused if target == "global" else encoder.f3d
+    assert side_3d.grad is not None
+    assert torch.equal(limit_gradient(f2d, 1.0), f2d)
+    assert limit_gradient(f2d, 1.0).requires_grad
+
+
+@pytest.mark.parametrize("target", ["point", "global"])
+def test_clamp_bounds_both_sides_before_the_cosine(target: str) -> None:
+    f2d = 30 * torch.randn(5, 4)
+    encoder = _encoder(f2d)._replace(
+        fused=30 * torch.randn(5, 4), f3d=30 * torch.randn(5, 4), global2d=30 * torch.randn(2, 4)
+    )
+    assert encoder.global2d is not None
+    pairs = [(f2d[row], encoder.f3d[row]) for row in (0, 2, 3)]
+    if target == "global":
+        pairs = [(encoder.global2d[scene], encoder.fused[row]) for row, scene in enumerate(SCENE_INDEX.tolist())]
+    expected = {}
+    for bound in (10.0, None):
+        cosines = []
+        for pair in pairs:
+            one, other = ([min(max(x, -bound), bound) if bound else x for x in side.tolist()] for side in pair)
+            dot = sum(a * b for a, b in zip(one, other, strict=True))
+            cosines.append(dot / math.hypot(*one) / math.hypot(*other))
+        expected[bound] = -sum(math.log(1 / (1 + math.exp(-c / 0.1)) + 1e-8) for c in cosines) / len(cosines)
+    for bound, want in expected.items():
+        settings = ClipAlignSettings.model_validate({"target": target, "temperature": 0.1, "clamp": bound})
+        assert math.isclose(clip_align_loss(encoder, SCENE_INDEX, settings).item(), want, rel_tol=1e-4)
+    assert expected[10.0] != pytest.approx(expected[None], rel=1e-2)
+
+
+def test_clamp_stops_the_gradient_of_what_it_clamps() -> None:
+    f2d = torch.tensor([[20.0, 1.0, 2.0, 3.0]], requires_grad=True)
+    encoder = EncoderOutput(
+        fused=torch.zeros(1, 4), f3d=torch.randn(1, 4), f2d=f2d, valid=torch.ones(1, dtype=torch.bool)
+    )
+    clip_align_loss(
+        encoder, torch.zeros(1, dtype=torch.int64), ClipAlignSettings(clamp=10.0, gradient_flow=1.0)
+    ).backward()
+    assert f2d.grad is not None
+    assert f2d.grad[0, 0] == 0
+    assert (f2d.grad[0, 1:] != 0).all()
+
+
 def test_note_003s_formula_lets_95_percent_through_not_5() -> None:
     f = torch.randn(5, 4, requires_grad=True)
     upstream = torch.randn(5, 4)

@@ -52,6 +52,37 @@ def test_progressive_clip_changes_at_epochs_11_and_21_of_128() -> None:
                 assert groups["semantic"] == 0.4
 
 
+def test_both_schedules_at_the_documents_own_boundaries() -> None:
+    """003: 30 and 70 % of S0 3k + S1 20k + S2 10k iterations. 000 and 002: epochs "0-10", "11-20", "21+"."""
+    staged = {step: _groups(step, 33_000, schedule="staged")["clip_align"] for step in (9_899, 9_900, 23_099, 23_100)}
+    assert staged == {9_899: 0.2, 9_900: 0.08, 23_099: 0.08, 23_100: 0.04}
+    epochs = [_groups(epoch, 128, schedule="progressive_clip")["clip_align"] for epoch in range(128)]
+    assert epochs == [0.0] * 11 + [0.001] * 10 + [0.01] * 107
+
+
+@pytest.mark.parametrize(
+    ("schedule", "phases"), [("staged", [0.2, 0.08, 0.04]), ("progressive_clip", [0, 0.001, 0.01])]
+)
+@pytest.mark.parametrize("total", [3, 4, 5, 7, 11, 12, 13, 64])
+def test_a_short_run_visits_every_phase_in_order(schedule: str, phases: list[float], total: int) -> None:
+    weights = [_groups(step, total, schedule=schedule)["clip_align"] for step in range(total)]
+    assert list(dict.fromkeys(weights)) == phases
+    assert weights == sorted(weights, key=phases.index)
+
+
+@pytest.mark.parametrize("total", [1, 2])
+def test_a_run_with_fewer_steps_than_phases_takes_the_first_ones(total: int) -> None:
+    weights = [_groups(step, total, schedule="staged")["clip_align"] for step in range(total)]
+    assert weights == [0.2, 0.08][:total]
+
+
+def test_progressive_clip_changes_nothing_but_clip() -> None:
+    own = _groups(0, 128, schedule="constant")
+    for step in (0, 11, 127):
+        groups = _groups(step, 128, schedule="progressive_clip")
+        assert {**groups, "clip_align": None} == {**own, "clip_align": None}
+
+
 def test_constant_keeps_every_terms_own_weight() -> None:
     for step in (0, 5, 9):
         assert _groups(step, 10, schedule="constant", semantic={"weight": 0.7}, instance={"weight": 0.9}) == {
