@@ -1,42 +1,50 @@
-"""The 2D branch: the frozen visual tower of CLIP (Radford et al., ICML 2021), as open_clip builds it.
+"""The 2D branch: the visual tower of CLIP (Radford et al., ICML 2021), as open_clip builds it.
 
-Legend: B scenes · V views a scene · D width of the tower · h, w grid of patches.
+Legend: B scenes · V views a scene · D width of the tower · h, w grid of patches · T tokens of an image, 1 + h·w.
 """
 
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import open_clip
 import torch
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from bifusion_diag.config.settings import ClipSettings
-from bifusion_diag.errors import UserError, near_matches
+from bifusion_diag.model.clip_tuning import tune
+from bifusion_diag.model.clip_weights import build_visual
+from bifusion_diag.model.feature_cache import FeatureCache, raw_bytes
 from bifusion_diag.model.outputs import ClipTokens
-from bifusion_diag.model.weight_files import listed, read_tensors
-
-RANDOM = "random"
-# open_clip.CLIP holds both towers. Where only the visual one is wanted, its text tower is made as small as it gets.
-_NO_TEXT = {"layers": 1, "width": 64, "heads": 1, "vocab_size": 8, "context_length": 4}
 
 
 class ClipVisual(nn.Module):
-    """CLIP's visual tower: frozen, always in eval mode, without gradient unless some of its parameters ask for one.
+    """CLIP's visual tower, always in eval mode. Frozen, but for what the settings let learn.
+
+    Its parts, from the embedding to the final LayerNorm, are a frozen prefix and a tail that learns: the tail begins at
+    the first part with a parameter that requires a gradient at the moment. What the prefix makes of an image never
+    changes, so it is computed once and kept (:class:`FeatureCache`); it runs without gradient. Where nothing learns,
+    which is the default, the prefix is the whole tower.
+
+    Images are computed one by one: what stands beside an image in its batch must not change a bit of its tokens, for a
+    cache, a resumed run and a replayed step would then differ from the first.
 
     Args:
-        settings: architecture, weights, and the tower's width and heads.
+        settings: architecture, weights, width and heads of the tower, what learns, and the cache.
 
     Attributes:
         provenance: which weights these are: ``random``, an open_clip tag, or a file's name with the start of its
             SHA-256.
+        cache: the tokens that are kept.
 
     Raises:
-        UserError: unknown architecture or weights, a download that failed, a file that does not fit the tower.
+        UserError: unknown architecture or weights, a download that failed, a file that does not fit the tower, more
+            blocks to tune than there are, a cache folder that cannot be written to.
     """
 
     mean: Tensor
@@ -44,15 +52,18 @@ class ClipVisual(nn.Module):
 
     def __init__(self, settings: ClipSettings) -> None:
         super().__init__()
-        self.visual, self.provenance = _build(settings)
+        self.visual, self.provenance = build_visual(settings)
         self.width = settings.width
         self.register_buffer("mean", torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(open_clip.OPENAI_DATASET_STD).view(3, 1, 1), persistent=False)
-        self.requires_grad_(False)
+        tune(self.visual, settings)
         self.eval()
+        self.cache = FeatureCache(settings.cache_memory, settings.cache_folder)
+        self._known: tuple[Any, ...] = ()  # what the cache's tensors were computed with
+        self._digest = b""  # of the same, for the folder
 
     def train(self, mode: bool = True) -> ClipVisual:
-        """Stay in eval mode: a frozen tower has no training behaviour."""
+        """Stay in eval mode: what is frozen has no training behaviour, and what learns shall have none either."""
         return super().train(False)
 
     def prepare(self, images: Tensor) -> Tensor:
@@ -80,115 +91,99 @@ class ClipVisual(nn.Module):
             Spatial tokens (B·V, D, h, w) and the class token (B·V, D), both after the tower's final LayerNorm and
             before CLIP's projection to the space shared with text.
         """
-        trainable = any(parameter.requires_grad for parameter in self.visual.parameters())
-        with torch.set_grad_enabled(trainable and torch.is_grad_enabled()):
-            last = self.visual.forward_intermediates(
-                self.prepare(images),
-                indices=1,
-                normalize_intermediates=True,
-                intermediates_only=True,
-                output_extra_tokens=True,
-            )
-        return ClipTokens(
-            tokens=last["image_intermediates"][0], pooled=last["image_intermediates_prefix"][0].squeeze(1)
+        parts = _parts(self.visual)
+        learns = [any(p.requires_grad for p in part.parameters) for part in parts]
+        depth = learns.index(True) if True in learns else len(parts)
+        prefix, tail = parts[:depth], parts[depth:]
+        with torch.no_grad():
+            # concatenation copies: nobody gets hold of what the cache keeps
+            states = torch.cat([self._frozen(image, prefix) for image in images.flatten(0, 1)]) if prefix else None
+        if tail:
+            ready = self.prepare(images).split(1) if states is None else states.split(1)
+            with parametrize.cached():  # a low-rank update is added once a step, not once an image
+                states = torch.cat([_through(tail, one) for one in ready])
+        assert states is not None
+        height, width = self.visual.grid_size
+        grid = states[:, 1:].unflatten(1, (height, width)).permute(0, 3, 1, 2).contiguous()
+        return ClipTokens(tokens=grid, pooled=states[:, 0])
+
+    def _frozen(self, image: Tensor, prefix: list[_Part]) -> Tensor:
+        """What the frozen parts make of an image (3, H, W): (1, T, D), kept or computed."""
+
+        def compute() -> Tensor:
+            return _through(prefix, self.prepare(image[None]))
+
+        if not self.cache.active:
+            return compute()
+        self._know(prefix)
+        key = hashlib.sha256(self._digest)
+        key.update(f"{image.dtype} {tuple(image.shape)}".encode())
+        key.update(raw_bytes(image).data)
+        return self.cache.fetch(key.hexdigest(), self._shape(), self._dtype(), image.device, compute)
+
+    def _know(self, prefix: list[_Part]) -> None:
+        """See whether anything has changed that the cached tokens depend on: the frozen weights, how many parts are
+        frozen, where and how they are computed."""
+        weights = [p for part in prefix for p in part.parameters]
+        known = (
+            len(prefix),
+            self.mean.device,
+            self._dtype(),
+            torch.get_num_threads(),
+            torch.get_float32_matmul_precision(),
+            *((p.data_ptr(), p._version) for p in weights),
         )
+        if known == self._known:
+            return
+        self.cache.forget()
+        if self.cache.folder is not None:
+            self._digest = self._digest_of(prefix, weights)
+        self._known = known
+
+    def _digest_of(self, prefix: list[_Part], weights: list[nn.Parameter]) -> bytes:
+        """Of all that the bits of the prefix's output depend on, but for the image: weights, computation, machine.
+
+        No list of libraries and processors is complete, so the tokens of a test image are taken in, as computed here
+        and now: a machine on which they differ by a bit has other keys.
+        """
+        sha = hashlib.sha256()
+        heads = [block.attn.num_heads for block in self.visual.transformer.resblocks]
+        facts = (repr(self.visual), heads, len(prefix), self.visual.image_size, self._dtype())
+        machine = (torch.__version__, self.mean.device.type, torch.get_num_threads())
+        sha.update(repr((*facts, *machine)).encode())
+        for tensor in (*weights, self.mean, self.std):
+            sha.update(raw_bytes(tensor).data)
+        pattern = (torch.arange(3 * 300 * 400, device=self.mean.device) * 97 % 251).to(torch.uint8)
+        sha.update(raw_bytes(_through(prefix, self.prepare(pattern.view(1, 3, 300, 400)))).data)
+        return sha.digest()
+
+    def _shape(self) -> tuple[int, int, int]:
+        height, width = self.visual.grid_size
+        return (1, 1 + height * width, self.width)
+
+    def _dtype(self) -> torch.dtype:
+        """Of the tokens."""
+        kind = self.mean.device.type
+        dtype: torch.dtype = self.visual.class_embedding.dtype
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
 
 
-def _build(settings: ClipSettings) -> tuple[VisionTransformer, str]:
-    """The visual tower with its weights, and their provenance."""
-    config = _architecture(settings)
-    if settings.weights == RANDOM:
-        return _tower(config, quick_gelu=config.get("quick_gelu", False)), RANDOM
-    _check_full_size(settings)
-    path = Path(settings.weights)
-    if path.is_file():
-        tower = _tower(config, quick_gelu=config.get("quick_gelu", False))
-        _load_file(tower, path)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        return tower, f"{path.name} (sha256 {digest[:12]})"
-    return _download(settings), settings.weights
+class _Part(NamedTuple):
+    """A step on the way from the prepared image to the final tokens."""
+
+    run: Callable[[Tensor], Tensor]
+    parameters: list[nn.Parameter]
 
 
-def _architecture(settings: ClipSettings) -> dict[str, Any]:
-    """open_clip's configuration of the architecture, with the width and heads that were asked for."""
-    config = open_clip.get_model_config(settings.architecture)
-    if config is None:
-        raise UserError(
-            f"model.clip.architecture: open_clip has no model {settings.architecture!r}."
-            + near_matches(settings.architecture, open_clip.list_models())
-        )
-    vision = config["vision_cfg"]
-    if not isinstance(vision.get("layers"), int) or "width" not in vision or vision.get("attentional_pool"):
-        raise UserError(
-            f"model.clip.architecture: the visual tower of {settings.architecture!r} is not a plain transformer, "
-            "whose grid of tokens BiFusion reads; take a ViT such as 'ViT-B-16'."
-        )
-    if settings.width % settings.heads:
-        raise UserError(f"model.clip: width {settings.width} is not a multiple of heads {settings.heads}.")
-    config["vision_cfg"] = {**vision, "width": settings.width, "head_width": settings.width // settings.heads}
-    return config
+def _parts(visual: VisionTransformer) -> list[_Part]:
+    """The tower's parts in order: the embedding, each block, the final LayerNorm. The projection is not used."""
+    embedding = [visual.class_embedding, visual.positional_embedding]
+    embedding += [*visual.conv1.parameters(), *visual.ln_pre.parameters()]
+    modules = (*visual.transformer.resblocks, visual.ln_post)
+    return [_Part(visual._embeds, embedding), *(_Part(module, list(module.parameters())) for module in modules)]
 
 
-def _check_full_size(settings: ClipSettings) -> None:
-    """Stored weights only fit the architecture's own width and heads."""
-    vision = open_clip.get_model_config(settings.architecture)["vision_cfg"]
-    width = vision["width"]
-    heads = width // vision.get("head_width", open_clip.CLIPVisionCfg.head_width)
-    if (settings.width, settings.heads) != (width, heads):
-        raise UserError(
-            f"model.clip.weights: {settings.weights!r} cannot be loaded into a tower of width {settings.width} with "
-            f"{settings.heads} heads; {settings.architecture} has width {width} with {heads} heads. "
-            "Use weights 'random', or clip.width and clip.heads of the architecture (--scale full)."
-        )
-
-
-def _tower(config: dict[str, Any], *, quick_gelu: bool) -> VisionTransformer:
-    """A visual tower of random weights."""
-    clip = open_clip.CLIP(config["embed_dim"], config["vision_cfg"], _NO_TEXT, quick_gelu=quick_gelu)
-    return clip.visual
-
-
-def _download(settings: ClipSettings) -> VisionTransformer:
-    """The visual tower of one of open_clip's published models."""
-    architecture, tag = settings.architecture, settings.weights
-    tags = open_clip.list_pretrained_tags_by_model(architecture)
-    if tag not in tags:
-        raise UserError(
-            f"model.clip.weights: {tag!r} is neither 'random', nor an existing file, nor a pretrained tag of "
-            f"{architecture}." + near_matches(tag, [RANDOM, *tags])
-        )
-    published = open_clip.get_pretrained_cfg(architecture, tag)
-    try:
-        checkpoint = open_clip.download_pretrained(published)
-    except Exception as error:  # whichever of urllib's, huggingface_hub's or its HTTP client's errors it is
-        raise UserError(
-            f"model.clip.weights: the download of {tag!r} for {architecture} failed ({type(error).__name__}: {error}). "
-            "Give a local file instead, or 'random'."
-        ) from error
-    config = open_clip.get_model_config(architecture)
-    clip = open_clip.CLIP(
-        config["embed_dim"], config["vision_cfg"], config["text_cfg"], quick_gelu=published.get("quick_gelu", False)
-    )
-    open_clip.load_checkpoint(clip, checkpoint)
-    return clip.visual
-
-
-def _load_file(tower: VisionTransformer, path: Path) -> None:
-    """Load a full CLIP state dict, or one of the visual tower alone, from a safetensors or torch file."""
-    stored = read_tensors(path, "model.clip.weights")
-    visual = {name.removeprefix("visual."): value for name, value in stored.items() if name.startswith("visual.")}
-    weights = visual or stored
-    own = tower.state_dict()
-    problems = {
-        "missing": [name for name in own if name not in weights],
-        "unexpected": [name for name in weights if name not in own],
-        "of another shape": [
-            f"{name} {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
-            for name in own
-            if name in weights and weights[name].shape != own[name].shape
-        ],
-    }
-    found = [f"{kind}: {listed(names)}" for kind, names in problems.items() if names]
-    if found:
-        raise UserError(f"model.clip.weights: {path} does not fit the visual tower; " + "; ".join(found) + ".")
-    tower.load_state_dict(weights)
+def _through(parts: list[_Part], x: Tensor) -> Tensor:
+    for part in parts:
+        x = part.run(x)
+    return x

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy as copied
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ from safetensors.torch import save_file
 
 from bifusion_diag.config.settings import ClipSettings
 from bifusion_diag.errors import UserError
-from bifusion_diag.model import clip as clip_module
 from bifusion_diag.model.clip import ClipVisual
+from bifusion_diag.model.clip_weights import build_visual
+from bifusion_diag.model.outputs import ClipTokens
 
 NARROW = ClipSettings(width=32, heads=2)
 
@@ -44,7 +46,7 @@ def stored_clip() -> open_clip.CLIP:
 
 def test_full_tower_has_the_documented_size() -> None:
     with torch.device("meta"):  # counting needs no numbers
-        tower = clip_module._tower(clip_module._architecture(ClipSettings()), quick_gelu=False)
+        tower = build_visual(ClipSettings())[0]
     assert sum(p.numel() for p in tower.parameters()) == 86_192_640
     assert tower.grid_size == (14, 14)
 
@@ -163,3 +165,121 @@ def test_published_weights_are_loaded_with_their_activation(
     assert torch.equal(loaded.visual.proj, source.visual.proj)
     activation = loaded.visual.transformer.resblocks[0].mlp.gelu
     torch.testing.assert_close(activation(torch.tensor(1.3)), 1.3 * torch.tensor(1.702 * 1.3).sigmoid())
+
+
+class Passes:
+    """Counts how often the tower really computes an image."""
+
+    def __init__(self, clip: ClipVisual) -> None:
+        self.count = 0
+        clip.visual.conv1.register_forward_hook(self._add)
+
+    def _add(self, *_: object) -> None:
+        self.count += 1
+
+
+def some_images(views: int = 3, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (1, views, 3, 30, 40), dtype=torch.uint8, generator=generator)
+
+
+def tower(settings: ClipSettings = NARROW, **changes: object) -> ClipVisual:
+    torch.manual_seed(0)
+    return ClipVisual(settings.model_copy(update=changes))
+
+
+def assert_equal(one: ClipTokens, other: ClipTokens) -> None:
+    assert torch.equal(one.tokens, other.tokens)
+    assert torch.equal(one.pooled, other.pooled)
+
+
+def test_the_images_beside_an_image_change_no_bit_of_its_tokens() -> None:
+    clip, images = tower(cache_memory=0.0), some_images(5)
+    together = clip(images)
+    for view in range(5):
+        alone = clip(images[:, view : view + 1])
+        assert torch.equal(alone.tokens[0], together.tokens[view])
+        assert torch.equal(alone.pooled[0], together.pooled[view])
+
+
+def test_kept_tokens_are_the_computed_ones_to_the_bit_and_computed_once() -> None:
+    plain, clip, images = tower(cache_memory=0.0), tower(), some_images()
+    passes, plain_passes = Passes(clip), Passes(plain)
+    for _ in range(3):
+        assert_equal(clip(images), plain(images))
+    assert (passes.count, plain_passes.count) == (3, 9)
+    assert_equal(clip(images.flip(1)[:, :2]), plain(images.flip(1)[:, :2]))
+    assert passes.count == 3
+
+
+def test_images_that_differ_in_shape_alone_are_not_taken_for_one_another() -> None:
+    clip, images = tower(), some_images(1)
+    turned = images.reshape(1, 1, 3, 40, 30)
+    assert not torch.equal(clip(images).tokens, clip(turned).tokens)
+    assert_equal(clip(turned), tower(cache_memory=0.0)(turned))
+
+
+def test_nobody_can_change_what_is_kept() -> None:
+    clip, images = tower(), some_images(1)  # one image: nothing to concatenate
+    first = clip(images)
+    kept = ClipTokens(first.tokens.clone(), first.pooled.clone())
+    for _ in range(2):
+        found = clip(images)
+        assert_equal(found, kept)
+        found.tokens.fill_(torch.nan)
+        found.pooled.fill_(torch.nan)
+
+
+def test_new_weights_make_new_tokens() -> None:
+    clip, images = tower(cache_folder="kept"), some_images()
+    before = clip(images)
+    with torch.no_grad():
+        clip.visual.transformer.resblocks[3].mlp.c_fc.weight.mul_(1.5)
+    changed = clip(images)
+    assert not torch.equal(changed.tokens, before.tokens)
+    clip.load_state_dict(tower().state_dict())
+    assert_equal(clip(images), before)
+
+
+def test_a_folder_serves_later_runs_of_the_same_tower_alone() -> None:
+    images = some_images()
+    first = tower(cache_folder="kept")(images)
+    again = tower(cache_folder="kept")
+    passes = Passes(again)
+    assert_equal(again(images), first)
+    assert passes.count == 1  # the test image that stands for the machine
+    torch.manual_seed(1)
+    other_weights = ClipVisual(NARROW.model_copy(update={"cache_folder": "kept"}))
+    other_heads = tower(NARROW.model_copy(update={"heads": 4}), cache_folder="kept")
+    for other in (other_weights, other_heads):
+        passes = Passes(other)
+        assert not torch.equal(other(images).tokens, first.tokens)
+        assert passes.count == 4
+
+
+def test_a_machine_that_computes_other_bits_has_other_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = some_images()
+    first = tower(cache_folder="kept")(images)
+    elsewhere = tower(cache_folder="kept")
+    epsilon = 1 + 2**-23
+    elsewhere.visual.ln_post.register_forward_hook(lambda module, inputs, output: output * epsilon)
+    passes = Passes(elsewhere)
+    assert not torch.equal(elsewhere(images).tokens, first.tokens)
+    assert passes.count == 4
+
+
+def test_tokens_kept_in_inference_mode_serve_training() -> None:
+    clip, images = tower(tune="blocks", tune_blocks=1), some_images()
+    with torch.inference_mode():
+        clip(images)
+    clip(images).tokens.sum().backward()
+    assert clip.visual.ln_post.bias.grad is not None
+
+
+def test_a_copy_of_the_model_has_a_memory_of_its_own() -> None:
+    clip, images = tower(), some_images()
+    first = clip(images)
+    copy = copied(clip)
+    passes = Passes(copy)
+    assert_equal(copy(images), first)
+    assert passes.count == 3
