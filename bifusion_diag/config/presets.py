@@ -229,5 +229,10 @@ def _narrowed(values: dict[str, Any]) -> dict[str, Any]:
             "hidden": decoder["hidden"] // SMALL_DIVISOR,
         },
     }
-    data = {"max_points": values["data"]["max_points"] // 5, "image_height": 120, "image_width": 160}
+    data = {
+        "max_points": values["data"]["max_points"] // 5,
+        "image_height": 120,
+        "image_width": 160,
+        "graph_masks": {"min_size": max(values["data"]["graph_masks"]["min_size"] // 4, 1)},  # a quarter of the pixels
+    }
     return _merge(values, {"model": narrow, "data": data, "scale": "small"})

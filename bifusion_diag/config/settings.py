@@ -342,6 +342,14 @@ class FlawSettings(Strict):
     no_instance: Share = Field(0.0, description="the scene has no labelled instance")
 
 
+class GraphMaskSettings(Strict):
+    """Graph-based image segmentation (Felzenszwalb and Huttenlocher, IJCV 2004)."""
+
+    scale: PositiveNumber = Field(100.0, description="k on colours of 0..255: larger prefers larger segments")
+    sigma: NonNegative = Field(0.5, description="[px] of the smoothing; 0.5 in the authors' program, 0.8 in the paper")
+    min_size: Positive = Field(50, description="[px] smaller segments join a neighbour")
+
+
 class DataSettings(Strict):
     """Where scenes come from and how they are cut."""
 
@@ -355,6 +363,13 @@ class DataSettings(Strict):
     crop_size: Metres = Field(6.4, description="side of the cube that a training crop keeps")
     superpoint_size: Metres = Field(0.25, description="seed distance of VCCS")
     superpoint_voxel: Metres = 0.04
+    superpoints: Literal["vccs", "masks", "files"] = Field(
+        "vccs", description="VCCS; VCCS relabelled by 2D masks; or ids from the frames' superpoints/ folder"
+    )
+    masks: str = Field(
+        "graph", description="of superpoints=masks: 'graph' segments the colour images; or a folder of label PNGs"
+    )
+    graph_masks: GraphMaskSettings = GraphMaskSettings()
     augment: AugmentSettings = AugmentSettings()
     flaws: FlawSettings = FlawSettings()
 

@@ -1,20 +1,23 @@
 """Scenes: posed RGB-D images with labelled points, and how they become batches.
 
-==================  ===================================================================================
-``scene``           :class:`Scene`, one sample in numpy
-``source``          :class:`SceneSource` and :func:`open_source`: where scenes come from
-``subset``          :class:`SceneSubset`: some of a source's scenes
-``synthetic``       procedural rooms with ground truth
-``rgbd``            folders of RGB-D frames
-``superpoints``     VCCS over-segmentation
-``pseudo_labels``   geometric labels for captures that have none
-``scannet200``      the class names
-``crop``            :func:`crop_scene`: cutting a scene to what a step can hold
-``augment``         :class:`Augmentation` of point coordinates
-``geometry``        pinhole camera: world to camera to pixel and back
-``batch``           :class:`Batch`, scenes concatenated as torch tensors
-``loader``          :class:`BatchLoader`, the batch of any step
-==================  ===================================================================================
+====================  ===================================================================================
+``scene``             :class:`Scene`, one sample in numpy
+``source``            :class:`SceneSource` and :func:`open_source`: where scenes come from
+``subset``            :class:`SceneSubset`: some of a source's scenes
+``synthetic``         procedural rooms with ground truth
+``rgbd``              folders of RGB-D frames
+``superpoints``       VCCS over-segmentation
+``masks``             2D masks: graph-based segmentation of images, and looking up pixels
+``mask_superpoints``  superpoints cut and joined by 2D masks, or given ones
+``scene_cache``       built scenes, kept while they fit
+``pseudo_labels``     geometric labels for captures that have none
+``scannet200``        the class names
+``crop``              :func:`crop_scene`: cutting a scene to what a step can hold
+``augment``           :class:`Augmentation` of point coordinates
+``geometry``          pinhole camera: world to camera to pixel and back
+``batch``             :class:`Batch`, scenes concatenated as torch tensors
+``loader``            :class:`BatchLoader`, the batch of any step
+====================  ===================================================================================
 """
 
 from bifusion_diag.data.augment import Augmentation

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from bifusion_diag.config.settings import DataSettings
+from bifusion_diag.data.mask_superpoints import relabel_by_masks, replace_by_ids
+from bifusion_diag.data.masks import GRAPH, describe_superpoints, graph_masks, ids_at_pixels
 from bifusion_diag.data.normals import estimate_normals
 from bifusion_diag.data.pseudo_labels import pseudo_labels
-from bifusion_diag.data.rgbd_files import read_color, read_depth, read_ids, read_pose
-from bifusion_diag.data.rgbd_layouts import find_layout
+from bifusion_diag.data.rgbd_files import read_color, read_depth, read_ids, read_pose, read_superpoints
+from bifusion_diag.data.rgbd_layouts import Frame, find_layout, with_masks, with_superpoints
 from bifusion_diag.data.rgbd_survey import survey
 from bifusion_diag.data.scannet_labels import scannet_classes, scannet_instances
 from bifusion_diag.data.scene import Scene
+from bifusion_diag.data.scene_cache import SceneCache
 from bifusion_diag.data.superpoints import vccs
 from bifusion_diag.errors import UserError
 
 PSEUDO_LABELS = "geometric pseudo-labels"
 SCANNET_LABELS = "ScanNet export"
-_CACHE_BYTES = 2**28
 _MARGIN = 2  # points kept for each point that a crop may keep, so that crops differ from epoch to epoch
 
 
@@ -49,7 +51,13 @@ class RGBDFolder:
     the pose stays non-finite. A scene without any depth has no points.
 
     Labels come from ``label-filt/`` and ``instance-filt/`` where these exist, else from
-    :mod:`bifusion_diag.data.pseudo_labels`.
+    :mod:`bifusion_diag.data.pseudo_labels`, which rest on VCCS whatever superpoints the scenes have.
+
+    Superpoints are those of VCCS (``superpoints: vccs``); those relabelled by 2D masks (``masks``): of a folder with an
+    8- or 16-bit ``<frame name>.png`` for every frame, 0 = no mask, or of the colour images' graph-based segmentation;
+    or given ones (``files``): ``superpoints/<frame name>.png`` (0 = none) or ``.npy`` (negative = none) in the folder
+    of the frames. Given ids hold for the whole folder, so a superpoint may reach from frame to frame; ids of masks hold
+    in their own frame. Pictures of ids may have any size that shows the whole frame: the nearest pixel counts.
     """
 
     def __init__(self, path: Path | str, settings: DataSettings) -> None:
@@ -60,6 +68,10 @@ class RGBDFolder:
         """
         self._path, self._settings = Path(path), settings
         self._layout = find_layout(self._path)
+        if settings.superpoints == "files":
+            self._layout = with_superpoints(self._layout, self._path)
+        elif settings.superpoints == "masks" and settings.masks != GRAPH:
+            self._layout = with_masks(self._layout, Path(settings.masks))
         self._survey = survey(self._layout)
         self._span = max(settings.views, settings.point_views)
         if self._span > len(self._layout.frames):
@@ -67,21 +79,17 @@ class RGBDFolder:
                 f"{path}: {len(self._layout.frames)} frames, but a scene takes {self._span} "
                 f"(data.views = {settings.views}, data.point_views = {settings.point_views}); lower these or add frames"
             )
-        self._cache: OrderedDict[int, Scene] = OrderedDict()
+        self._cache = SceneCache(self._build)
 
     def __len__(self) -> int:
         """Number of scenes."""
         return -(-len(self._layout.frames) // self._span)
 
     def __getitem__(self, index: int) -> Scene:
-        """Scene `index`; kept in memory while it fits, as every epoch asks for it again."""
+        """Scene `index`."""
         if not 0 <= index < len(self):
             raise IndexError(f"scene {index} of {len(self)}")
-        scene = self._cache.pop(index, None)
-        self._cache[index] = scene = scene if scene is not None else self._build(index)
-        while len(self._cache) > 1 and sum(map(_bytes, self._cache.values())) > _CACHE_BYTES:
-            self._cache.popitem(last=False)
-        return scene
+        return self._cache[index]
 
     def describe(self) -> dict[str, Any]:
         """For the run record: layout, counts of frames and of marked frames, and where the labels come from."""
@@ -94,6 +102,7 @@ class RGBDFolder:
             "scenes": len(self),
             "image_size": list(self._survey.size),
             "labels": f"{PSEUDO_LABELS} (no ground truth)" if pseudo else SCANNET_LABELS,
+            "superpoints": describe_superpoints(self._settings),
             "marked": {
                 "non-finite pose": int((~self._survey.tracked).sum()),
                 "no depth": int((~self._survey.sensed).sum()),
@@ -110,14 +119,15 @@ class RGBDFolder:
         cloud = self._unproject(depth, placed, np.random.default_rng(index))
         rgb = color[cloud.frame, cloud.row, cloud.column].astype(np.float32)
         normals = estimate_normals(cloud.xyz, cloud.camera[cloud.frame])
-        superpoint = vccs(
+        clusters = vccs(
             cloud.xyz,
             rgb,
             normals,
             voxel_size=self._settings.superpoint_voxel,
             seed_size=self._settings.superpoint_size,
         )
-        semantic, instance = self._labels(first, cloud, normals, superpoint)
+        semantic, instance = self._labels(first, cloud, normals, clusters)
+        superpoint = self._superpoints(frames, color, cloud, clusters)
         seen = ((np.arange(self._settings.views) + 0.5) * self._span / self._settings.views).astype(int)
         return Scene(
             name=frames[0].name if len(frames) == 1 else f"{frames[0].name}..{frames[-1].name}",
@@ -180,19 +190,38 @@ class RGBDFolder:
             up, viewpoint = cloud.up[used].mean(axis=0), cloud.camera[used].mean(axis=0)
             labels = pseudo_labels(cloud.xyz, normals, superpoint, up_hint=up, viewpoint=viewpoint)
             return labels.semantic, labels.instance
-        raw = np.zeros((2, len(cloud.frame)), dtype=np.int64)
+        semantic = scannet_classes(self._at_pixels([read_ids(_given(frame.label)) for frame in frames], cloud))
+        instance = self._at_pixels([read_ids(_given(frame.instance)) for frame in frames], cloud)
+        return semantic, scannet_instances(instance, semantic)
+
+    def _superpoints(
+        self, frames: Sequence[Frame], color: np.ndarray, cloud: _Cloud, clusters: np.ndarray
+    ) -> np.ndarray:
+        """The superpoints (N,) that the settings ask for, from those of VCCS."""
+        settings = self._settings
+        if settings.superpoints == "vccs":
+            return clusters
+        if settings.superpoints == "files":
+            ids = self._at_pixels([read_superpoints(_given(frame.superpoint)) for frame in frames], cloud)
+            return replace_by_ids(clusters, ids)
+        if settings.masks == GRAPH:
+            masks = [graph_masks(image, settings.graph_masks) for image in color]
+        else:
+            masks = [read_ids(_given(frame.mask)) for frame in frames]
+        return relabel_by_masks(
+            clusters,
+            cloud.xyz,
+            self._at_pixels(masks, cloud),
+            cloud.frame,
+            voxel_size=settings.superpoint_voxel,
+            seed_size=settings.superpoint_size,
+        )
+
+    def _at_pixels(self, pictures: Sequence[np.ndarray], cloud: _Cloud) -> np.ndarray:
         width, height = self._survey.size
-        for i, frame in enumerate(frames):
-            here = cloud.frame == i
-            for row, path in zip(raw, (frame.label, frame.instance), strict=True):
-                assert path is not None, "labels of some frames only"
-                ids = read_ids(path)  # often of the colour image's size: the nearest pixel
-                y = ((cloud.row[here] + 0.5) * ids.shape[0] / height).astype(int)
-                x = ((cloud.column[here] + 0.5) * ids.shape[1] / width).astype(int)
-                row[here] = ids[y, x]
-        semantic = scannet_classes(raw[0])
-        return semantic, scannet_instances(raw[1], semantic)
+        return ids_at_pixels(pictures, cloud.frame, cloud.row, cloud.column, height=height, width=width)
 
 
-def _bytes(scene: Scene) -> int:
-    return sum(value.nbytes for value in vars(scene).values() if isinstance(value, np.ndarray))
+def _given(path: Path | None) -> Path:
+    assert path is not None, "a file of some frames only"
+    return path

@@ -33,8 +33,25 @@ def read_ids(path: Path) -> np.ndarray:
     """(H, W) int64 label or instance ids of an 8- or 16-bit picture; 0 means none."""
     image = _open(path)
     if image.mode not in ("L", "P") and not image.mode.startswith("I"):
-        raise UserError(f"{path}: ids must be an 8- or 16-bit PNG of one channel, this one has mode '{image.mode}'")
+        raise UserError(
+            f"{path}: ids must be an 8- or 16-bit PNG of one channel, this one has mode '{image.mode}'; save the ids "
+            "themselves, not a coloured picture of them"
+        )
     return np.asarray(image).astype(np.int64)
+
+
+def read_superpoints(path: Path) -> np.ndarray:
+    """(H, W) int64 superpoint ids, negative = none: of a PNG its ids less 1 (0 means none), of an NPY as they are."""
+    if path.suffix != ".npy":
+        return read_ids(path) - 1
+    try:
+        ids = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: the array cannot be read (truncated or damaged?): {error}") from error
+    if not isinstance(ids, np.ndarray) or ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or ids.size == 0:
+        found = f"{ids.dtype} {ids.shape}" if isinstance(ids, np.ndarray) else "an archive of several arrays"
+        raise UserError(f"{path}: superpoints must be integers (H, W), an id for each pixel, this file has {found}")
+    return np.asarray(ids, dtype=np.int64)
 
 
 def read_pose(path: Path) -> np.ndarray:

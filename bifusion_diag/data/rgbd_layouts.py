@@ -1,4 +1,4 @@
-"""Which files of a folder are RGB-D frames: the two layouts that are read."""
+"""Which files of a folder are RGB-D frames: the two layouts that are read, and what may lie beside them."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from bifusion_diag.errors import UserError
+from bifusion_diag.errors import UserError, near_matches
 
 EXPECTED = (
     "Expected either camera-intrinsics.txt with frame-*.color.jpg, frame-*.depth.png and frame-*.pose.txt (7-Scenes), "
     "or the folders color/ depth/ pose/ intrinsic/ of a ScanNet export"
 )
 _COLOUR_ENDINGS = (".jpg", ".jpeg", ".png")
+_SUPERPOINTS = "superpoints"  # folder of given superpoints, in that of the frames
 
 
 class Frame(NamedTuple):
-    """The files of one frame; labels only in a ScanNet export that has them."""
+    """The files of one frame; labels only in a ScanNet export that has them, masks and superpoints if asked for."""
 
     name: str
     color: Path
@@ -24,6 +25,8 @@ class Frame(NamedTuple):
     pose: Path
     label: Path | None = None
     instance: Path | None = None
+    mask: Path | None = None
+    superpoint: Path | None = None
 
 
 class Layout(NamedTuple):
@@ -51,6 +54,51 @@ def find_layout(folder: Path) -> Layout:
             f"{layout.intrinsics}: missing. Put the 3×3 (or 4×4) matrix of the depth camera there, in pixels"
         )
     return layout
+
+
+def with_masks(layout: Layout, folder: Path) -> Layout:
+    """Give every frame its label picture, ``folder/<frame name>.png``.
+
+    Raises:
+        UserError: no such folder, or it lacks a frame's picture.
+    """
+    if not folder.is_dir():
+        problem = "not a folder" if folder.exists() else "no such folder"
+        raise UserError(
+            f"data.masks '{folder}': {problem}. Give a folder with a label PNG for every frame, or 'graph' to segment "
+            "the colour images." + near_matches(str(folder), ["graph"])
+        )
+    frames = []
+    for frame in layout.frames:
+        path = folder / f"{frame.name}.png"
+        if not path.is_file():
+            raise UserError(
+                f"{path}: missing. data.masks needs a label PNG for every frame; add it (all 0 if the frame has no "
+                "mask), or use data.masks=graph"
+            )
+        frames.append(frame._replace(mask=path))
+    return layout._replace(frames=tuple(frames))
+
+
+def with_superpoints(layout: Layout, folder: Path) -> Layout:
+    """Give every frame its picture of superpoints, ``superpoints/<frame name>.png`` or ``.npy`` in its folder.
+
+    Raises:
+        UserError: a frame has neither, or has both.
+    """
+    frames = []
+    for frame in layout.frames:
+        paths = [folder / _SUPERPOINTS / f"{frame.name}{ending}" for ending in (".png", ".npy")]
+        found = [path for path in paths if path.is_file()]
+        if len(found) == 2:
+            raise UserError(f"{found[0]}: the frame has superpoints in {found[1].name} too; remove one of the two")
+        if not found:
+            raise UserError(
+                f"{paths[0]}: missing. data.superpoints=files needs a PNG or NPY with an id for each pixel for every "
+                "frame; add it, or use data.superpoints=vccs"
+            )
+        frames.append(frame._replace(superpoint=found[0]))
+    return layout._replace(frames=tuple(frames))
 
 
 def _seven_scenes(folder: Path) -> Layout:

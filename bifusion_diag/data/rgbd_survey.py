@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from bifusion_diag.data.rgbd_files import read_color, read_depth, read_ids, read_intrinsics, read_pose
+from bifusion_diag.data.rgbd_files import (
+    read_color,
+    read_depth,
+    read_ids,
+    read_intrinsics,
+    read_pose,
+    read_superpoints,
+)
 from bifusion_diag.data.rgbd_layouts import Frame, Layout
 from bifusion_diag.data.scannet_labels import scannet_classes
 from bifusion_diag.errors import UserError
 
 _THREADS = 4  # Pillow decodes outside the interpreter lock
+_STRETCH = 0.03  # largest difference of two sides' ratios: ScanNet's 1296×968 colour goes with 640×480 depth
 
 
 class Survey(NamedTuple):
@@ -39,6 +48,7 @@ class _Facts(NamedTuple):
     sensed: bool
     labelled: bool
     known: bool
+    masked: bool
 
 
 def survey(layout: Layout) -> Survey:
@@ -60,6 +70,11 @@ def survey(layout: Layout) -> Survey:
             "Expected are ScanNet's raw ids (column 'id' of scannetv2-labels.combined.tsv): export label-filt again, "
             "or remove label-filt/ and instance-filt/ to train on geometric pseudo-labels"
         )
+    if layout.frames[0].mask is not None and not any(fact.masked for fact in facts):
+        raise UserError(
+            f"{layout.frames[0].mask}: no picture of its folder has a mask (all are 0). Ids start at 1; export the "
+            "masks again, or use data.superpoints=vccs"
+        )
     size = facts[0].depth_size
     tracked, sensed = np.array([fact.tracked for fact in facts]), np.array([fact.sensed for fact in facts])
     return Survey(size, read_intrinsics(layout.intrinsics, size), tracked, sensed)
@@ -77,7 +92,25 @@ def _inspect(frame: Frame) -> _Facts:
                 f"{label.shape[1]}×{label.shape[0]} px"
             )
         labelled, known = bool(label.any()), bool((scannet_classes(label) >= 0).any())
-    return _Facts(_size(color), _size(depth), tracked, bool(depth.any()), labelled, known)
+    masked = False
+    if frame.mask is not None:
+        masks = read_ids(frame.mask)
+        _same_shape(frame.mask, masks, color, depth)
+        masked = bool(masks.any())
+    if frame.superpoint is not None:
+        _same_shape(frame.superpoint, read_superpoints(frame.superpoint), color, depth)
+    return _Facts(_size(color), _size(depth), tracked, bool(depth.any()), labelled, known, masked)
+
+
+def _same_shape(path: Path, ids: np.ndarray, color: np.ndarray, depth: np.ndarray) -> None:
+    """Ids may have any resolution, but must show what the frame shows."""
+    (width, height), color_size, depth_size = _size(ids), _size(color), _size(depth)
+    if all(abs(width * h / (height * w) - 1) > _STRETCH for w, h in (color_size, depth_size)):
+        raise UserError(
+            f"{path}: {width}×{height} px is no enlargement or reduction of the frame, whose colour image has "
+            f"{color_size[0]}×{color_size[1]} px and whose depth image has {depth_size[0]}×{depth_size[1]} px; export "
+            "it at the size of one of them"
+        )
 
 
 def _size(image: np.ndarray) -> tuple[int, int]:

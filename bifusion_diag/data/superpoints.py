@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import numpy as np
 from scipy.sparse import csr_array
-from scipy.sparse.csgraph import connected_components
 
 from bifusion_diag.data.normals import smallest_direction
-from bifusion_diag.data.voxel_graph import VoxelGraph, build_voxel_graph
+from bifusion_diag.data.voxel_graph import VoxelGraph, build_voxel_graph, connected_parts
 from bifusion_diag.errors import UserError
 
 _SPACE_WEIGHT, _COLOUR_WEIGHT, _NORMAL_WEIGHT = 0.4, 0.4, 1.0
@@ -160,7 +159,7 @@ def _seed_voxels(graph: VoxelGraph, voxel_size: float, seed_size: float) -> np.n
     cell = np.floor((graph.cell + 0.5) * voxel_size / seed_size)
     cell_id = np.unique(cell, axis=0, return_inverse=True)[1].reshape(-1)
     inside = cell_id[graph.source] == cell_id[graph.target]
-    fragment = _parts(graph.source[inside], graph.target[inside], graph.size)
+    fragment = connected_parts(graph.source[inside], graph.target[inside], graph.size)
     size = np.bincount(fragment)
     large = size >= _SEED_SHARE * (seed_size / voxel_size) ** 2
     reached = np.zeros(len(size), dtype=bool)
@@ -197,9 +196,10 @@ def _grow(
     frontier = seeds
     for _ in range(rounds):
         source, voxel = neighbours.of(frontier)
-        claim = label[source]
+        rival = label[source] != label[voxel]
+        claim, voxel = label[source[rival]], voxel[rival]
         distance, space = _distances(features, voxel, centre, claim)
-        better = (distance < nearest[voxel]) & (space <= _SPACE_WEIGHT) & (claim != label[voxel])
+        better = (distance < nearest[voxel]) & (space <= _SPACE_WEIGHT)
         frontier, winner = _first_by_voxel(voxel[better], distance[better], claim[better])
         if len(frontier) == 0:
             break
@@ -227,8 +227,8 @@ def _distances(
     features: np.ndarray, voxel: np.ndarray, centre: np.ndarray, claim: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """(K,), (K,): squared distances D² of voxels to the centres that claim them, and the part of it that is space."""
-    square = np.square(features[voxel] - centre[claim])
-    return square.sum(axis=1), square[:, :3].sum(axis=1)
+    offset = features[voxel] - centre[claim]
+    return np.einsum("kc,kc->k", offset, offset), np.einsum("kc,kc->k", offset[:, :3], offset[:, :3])
 
 
 def _first_by_voxel(voxel: np.ndarray, distance: np.ndarray, claim: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -241,16 +241,10 @@ def _first_by_voxel(voxel: np.ndarray, distance: np.ndarray, claim: np.ndarray) 
 def _largest_part(graph: VoxelGraph, label: np.ndarray) -> np.ndarray:
     """Keep of each superpoint its largest connected part: a voxel taken by a rival may have been a bridge."""
     same = (label[graph.source] == label[graph.target]) & (label[graph.source] >= 0)
-    part = _parts(graph.source[same], graph.target[same], graph.size)
+    part = connected_parts(graph.source[same], graph.target[same], graph.size)
     size = np.bincount(part)[part]
     held = np.flatnonzero(label >= 0)
     order = held[np.lexsort((part[held], -size[held], label[held]))]
     _, first = np.unique(label[order], return_index=True)
     kept = np.isin(part, part[order[first]])
     return np.where(kept, label, -1)
-
-
-def _parts(source: np.ndarray, target: np.ndarray, size: int) -> np.ndarray:
-    """(V,) number of the connected part that each voxel is in."""
-    matrix = csr_array((np.ones(len(source), dtype=np.int8), (source, target)), shape=(size, size))
-    return connected_components(matrix, directed=False)[1].astype(np.int64)

@@ -6,6 +6,8 @@ import itertools
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
 
 _GAP = 2  # two occupied slices of the grid that do not touch stay this far apart, however far they are in metres
 
@@ -56,6 +58,12 @@ def build_voxel_graph(xyz: np.ndarray, voxel_size: float) -> VoxelGraph:
     source, target = np.concatenate(sources), np.concatenate(targets)
     order = np.argsort(source * len(keys) + target)
     return VoxelGraph(voxel.reshape(-1), cells[first], source[order], target[order])
+
+
+def connected_parts(source: np.ndarray, target: np.ndarray, size: int) -> np.ndarray:
+    """(size,) int64 number of the connected part that each node is in, given pairs of nodes that touch."""
+    matrix = csr_array((np.ones(len(source), dtype=np.int8), (source, target)), shape=(size, size))
+    return connected_components(matrix, directed=False)[1].astype(np.int64)
 
 
 def _compress(cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

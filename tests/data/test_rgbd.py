@@ -158,6 +158,7 @@ def test_unlabelled_folders_say_so(folder: Path) -> None:
         "scenes": 5,
         "image_size": [WIDTH, HEIGHT],
         "labels": "geometric pseudo-labels (no ground truth)",
+        "superpoints": "VCCS (seeds 0.25 m apart, voxels of 0.04 m)",
         "marked": {"non-finite pose": 0, "no depth": 0},
     }
     assert source[0].labels == "geometric pseudo-labels"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,8 +14,11 @@ from numpy.typing import NDArray
 from bifusion_diag.config.settings import DataSettings
 from bifusion_diag.data.batch import contiguous
 from bifusion_diag.data.geometry import unproject_depth
+from bifusion_diag.data.mask_superpoints import relabel_by_masks
+from bifusion_diag.data.masks import GRAPH, describe_superpoints, graph_masks
 from bifusion_diag.data.scannet200 import STUFF_CLASSES, class_id
 from bifusion_diag.data.scene import Scene
+from bifusion_diag.data.scene_cache import SceneCache
 from bifusion_diag.data.superpoints import vccs
 from bifusion_diag.data.synthetic.camera import intrinsics, sense_depth, walk
 from bifusion_diag.data.synthetic.flaws import apply_flaws, drawn_flaws
@@ -23,14 +26,13 @@ from bifusion_diag.data.synthetic.raycast import pixel_rays
 from bifusion_diag.data.synthetic.render import render
 from bifusion_diag.data.synthetic.room import Room, furnish
 from bifusion_diag.data.synthetic.solids import Solid
+from bifusion_diag.errors import UserError
 
 Array = NDArray[Any]
 
 LABELS = "ground truth (synthetic)"
 #: A scene has at most so many times ``max_points`` points, so that every visit can draw others of them.
 POINTS_FACTOR = 2
-#: Scenes that are kept in memory.
-CACHED_SCENES = 64
 
 # Random streams of one (seed, index) are kept apart by a number of their own.
 _ROOM, _CAMERA, _SENSOR, _POINTS, _FLAWS = range(5)
@@ -53,9 +55,24 @@ class SyntheticRooms:
     """
 
     def __init__(self, settings: DataSettings, seed: int) -> None:
+        """Builds no room yet.
+
+        Raises:
+            UserError: superpoints or masks are to come from files, which rendered images have none of.
+        """
+        if settings.superpoints == "files":
+            raise UserError(
+                "data.superpoints 'files': synthetic rooms have no files. Use 'vccs' or 'masks', or set data.source to "
+                "a folder of RGB-D frames"
+            )
+        if settings.superpoints == "masks" and settings.masks != GRAPH:
+            raise UserError(
+                f"data.masks '{settings.masks}': synthetic rooms have no mask files. Use '{GRAPH}', or set data.source "
+                "to a folder of RGB-D frames"
+            )
         self.settings = settings
         self.seed = seed
-        self._cache: OrderedDict[int, Scene] = OrderedDict()
+        self._cache = SceneCache(self._build)
 
     def __len__(self) -> int:
         return self.settings.scenes
@@ -63,13 +80,11 @@ class SyntheticRooms:
     def __getitem__(self, index: int) -> Scene:
         if not 0 <= index < len(self):
             raise IndexError(f"scene {index} of {len(self)} synthetic rooms")
-        if index not in self._cache:
-            scene = self._capture(index)
-            self._cache[index] = apply_flaws(scene, self.settings.flaws, partial(self._rng, index, _FLAWS)).validate()
-            if len(self._cache) > CACHED_SCENES:
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(index)
         return self._cache[index]
+
+    def _build(self, index: int) -> Scene:
+        scene = self._capture(index)
+        return apply_flaws(scene, self.settings.flaws, partial(self._rng, index, _FLAWS)).validate()
 
     def describe(self) -> dict[str, Any]:
         """Kind, labels, size and flaws; how many scenes have each flaw is counted without building them."""
@@ -86,6 +101,7 @@ class SyntheticRooms:
             "seed": self.seed,
             "views": self.settings.views,
             "point_views": self.settings.point_views,
+            "superpoints": describe_superpoints(self.settings),
             "flaw_chances": chances,
             "flawed_scenes": {name: hits[name] for name in chances},
         }
@@ -105,14 +121,9 @@ class SyntheticRooms:
         poses = walk(room, count, self._rng(index, _CAMERA))
         views = [self._view(room, pose, self._rng(index, _SENSOR, number)) for number, pose in enumerate(poses)]
         shown = _evenly(count, options.views)
-        points, normals, thing = self._points(views, poses, _evenly(count, options.point_views), index)
-        superpoint = vccs(
-            points[:, :3],
-            points[:, 3:],
-            normals,
-            voxel_size=options.superpoint_voxel,
-            seed_size=options.superpoint_size,
-        )
+        used = _evenly(count, options.point_views)
+        points, normals, thing, pixel = self._points(views, poses, used, index)
+        superpoint = self._superpoints([views[k] for k in used], points, normals, pixel)
         semantic = np.array([class_id(item.name) for item in room.things], np.int64)[thing]
         K = intrinsics(options.image_height, options.image_width)
         return Scene(
@@ -140,8 +151,18 @@ class SyntheticRooms:
         depth = sense_depth(drawn, pose, pixel_rays(K, height, width), rng)
         return _View(color, depth, drawn.normal, np.where(drawn.solid >= 0, owner[drawn.solid], -1))
 
-    def _points(self, views: list[_View], poses: Array, used: Array, index: int) -> tuple[Array, Array, Array]:
-        """Points (N, 6) float32, their normals (N, 3) and things (N,), from the readings of the views ``used``."""
+    def _superpoints(self, chosen: list[_View], points: Array, normals: Array, pixel: Array) -> Array:
+        """The superpoints (N,) that the settings ask for; ``pixel`` (N,) counts through all pixels of the views."""
+        options = self.settings
+        sizes = {"voxel_size": options.superpoint_voxel, "seed_size": options.superpoint_size}
+        clusters = vccs(points[:, :3], points[:, 3:], normals, **sizes)
+        if options.superpoints == "vccs":
+            return clusters
+        masks = np.stack([graph_masks(view.color, options.graph_masks) for view in chosen])
+        return relabel_by_masks(clusters, points[:, :3], masks.reshape(-1)[pixel], pixel // masks[0].size, **sizes)
+
+    def _points(self, views: list[_View], poses: Array, used: Array, index: int) -> tuple[Array, Array, Array, Array]:
+        """Points (N, 6) float32, their normals (N, 3), things (N,), pixels (N,): readings of the views ``used``."""
         chosen = [views[k] for k in used]
         depth = torch.from_numpy(np.stack([view.depth for view in chosen]))
         K = torch.from_numpy(intrinsics(*depth.shape[1:]))
@@ -154,7 +175,7 @@ class SyntheticRooms:
         color = np.stack([view.color for view in chosen]).reshape(-1, 3)[keep].astype(np.float32)
         points = np.concatenate([xyz.reshape(-1, 3)[keep], color], axis=1)
         normals = np.stack([view.normal for view in chosen]).reshape(-1, 3)[keep]
-        return points, normals, np.stack([view.thing for view in chosen]).reshape(-1)[keep]
+        return points, normals, np.stack([view.thing for view in chosen]).reshape(-1)[keep], keep
 
 
 def _evenly(count: int, chosen: int) -> NDArray[np.int64]:

@@ -79,13 +79,18 @@ def test_scenes_depend_on_seed_and_index_alone():
 
 
 def test_memory_is_bounded(monkeypatch):
-    monkeypatch.setattr("bifusion_diag.data.synthetic.rooms.CACHED_SCENES", 2)
     source = rooms()
+    size = max(sum(v.nbytes for v in vars(rooms()[k]).values() if isinstance(v, np.ndarray)) for k in range(3))
+    monkeypatch.setattr("bifusion_diag.data.scene_cache.CACHE_BYTES", int(2.5 * size))
     first = source[0]
     assert source[0] is first
     assert [source[k].name for k in (1, 2)] == ["synthetic-000001(seed 0)", "synthetic-000002(seed 0)"]
     assert source[0] is not first
     assert equal(source[0], first)
+    assert source[2] is source[2], "the last one asked for"
+    monkeypatch.setattr("bifusion_diag.data.scene_cache.CACHE_BYTES", 1)
+    last = source[1]
+    assert source[1] is last, "even where no scene fits"
 
 
 def test_more_point_views_than_images_leave_points_unseen():
@@ -166,6 +171,7 @@ def test_flaws_hit_as_often_as_asked_and_are_counted_beforehand():
         "seed": 0,
         "views": 1,
         "point_views": 1,
+        "superpoints": "VCCS (seeds 0.25 m apart, voxels of 0.04 m)",
         "flaw_chances": {},
         "flawed_scenes": {},
     }
