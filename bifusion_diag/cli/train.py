@@ -32,6 +32,9 @@ def train(
     clip_weights: Annotated[
         str | None, typer.Option(help="random, a local file, or an open_clip pretrained tag.")
     ] = None,
+    clip_cache: Annotated[
+        str | None, typer.Option(help="Folder that keeps what frozen CLIP makes of each image, for later runs.")
+    ] = None,
     evaluate_every: Annotated[
         int | None, typer.Option(help="Steps between evaluations on scenes that are not trained on; 0 = none.")
     ] = None,
@@ -56,6 +59,7 @@ def train(
         "training.device": device,
         "model.sparse_engine": sparse_engine,
         "model.clip.weights": clip_weights,
+        "model.clip.cache_folder": clip_cache,
         "evaluation.every": evaluate_every,
         "evaluation.source": val_data,
     }

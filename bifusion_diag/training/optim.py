@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from bifusion_diag.config.settings import OptimSettings
 
+_OTHERS, _CLIP = "others", "encoder.clip."  # names of the groups; CLIP's is what its parameters' names begin with
+
 
 class Clipped(NamedTuple):
     """What clipping did."""
@@ -19,12 +21,38 @@ class Clipped(NamedTuple):
 
 
 def build_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.AdamW:
-    """AdamW over every parameter that learns in some stage: call it before the first stage freezes any."""
-    return torch.optim.AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-    )
+    """AdamW over every parameter that learns in some stage: call it before the first stage freezes any.
+
+    What learns of CLIP is a group of its own, the last. AdamW leaves a parameter without a gradient as it is: what a
+    stage freezes does not decay either.
+    """
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = [
+        {"name": _OTHERS, "params": [p for name, p in named if not name.startswith(_CLIP)]},
+        {"name": _CLIP, "params": [p for name, p in named if name.startswith(_CLIP)]},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, *, clip_scale: float) -> dict[str, float]:
+    """Give every group its learning rate.
+
+    Args:
+        optimizer: of :func:`build_optimizer`.
+        rate: of everything but CLIP.
+        clip_scale: CLIP's rate as a share of it.
+
+    Returns:
+        For the record: ``train/lr``, and ``train/lr_clip`` while something of CLIP learns.
+    """
+    recorded = {"train/lr": rate}
+    for group in optimizer.param_groups:
+        of_clip = group["name"] == _CLIP
+        group["lr"] = rate * clip_scale if of_clip else rate
+        if of_clip and any(parameter.requires_grad for parameter in group["params"]):
+            recorded["train/lr_clip"] = group["lr"]
+    return recorded
 
 
 def learning_rate(settings: OptimSettings, step: int, total_steps: int) -> float:

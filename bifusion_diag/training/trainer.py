@@ -39,7 +39,7 @@ from bifusion_diag.training.checkpoint import (
 )
 from bifusion_diag.training.determinism import choose_device, make_deterministic, torch_environment
 from bifusion_diag.training.evaluation import Evaluator, training_source, validation_source
-from bifusion_diag.training.optim import build_optimizer, clip_gradient, learning_rate
+from bifusion_diag.training.optim import build_optimizer, clip_gradient, learning_rate, set_learning_rate
 from bifusion_diag.training.progress import ProgressDisplay
 from bifusion_diag.training.signals import StopRequest, stop_on_signals
 from bifusion_diag.training.stages import StageSwitch, stages_of
@@ -186,19 +186,19 @@ class Trainer:
 
     def _enter(self, step: int, display: ProgressDisplay) -> None:
         """Put the model into the stage and the schedules of this step."""
+        self.model.set_progress(step, self.settings.training.steps)
         stage = self.stages.enter(step)
         if stage is not None:
             self.writer.event(step, "stage", f"stage {stage.name}: {stage.description}", name=stage.name)
             display.note(f"step {step}: stage {stage.name} ({stage.description})")
-        self.model.set_progress(step, self.settings.training.steps)
 
     def _step(self, step: int, display: ProgressDisplay) -> None:
         began = time.perf_counter()
         batch = self.loader.batch(step).to(self.device)
         loaded = time.perf_counter()
         rate = learning_rate(self.settings.optim, step, self.settings.training.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        clip_scale = self.settings.optim.clip_lr_scale if self.stages.stage.slow_clip else 1.0
+        rates = set_learning_rate(self.optimizer, rate, clip_scale=clip_scale)
         with self.monitor.step(step):
             loss = self.model(batch).loss
             loss.total.backward()
@@ -211,7 +211,7 @@ class Trainer:
         logs: dict[str, float | Tensor] = {
             "train/grad_norm": clipped.norm,
             "train/clip_coefficient": clipped.coefficient,
-            "train/lr": rate,
+            **rates,
             "train/data_seconds": loaded - began,
             "train/step_seconds": time.perf_counter() - began,
         }

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bifusion_diag.config.settings import OptimSettings
-from bifusion_diag.training.optim import build_optimizer, clip_gradient, learning_rate
+from bifusion_diag.training.optim import build_optimizer, clip_gradient, learning_rate, set_learning_rate
 
 
 def parameters_with(*gradients: list[float] | None) -> list[torch.nn.Parameter]:
@@ -63,3 +63,48 @@ def test_the_optimiser_leaves_out_what_is_frozen_for_good() -> None:
     model[0].requires_grad_(False)
     (group,) = build_optimizer(model, OptimSettings()).param_groups
     assert {id(p) for p in group["params"]} == {id(p) for p in model[1].parameters()}
+
+
+class WithClip(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = torch.nn.Module()
+        self.encoder.clip = torch.nn.Linear(2, 2, bias=False)
+        self.decoder = torch.nn.Linear(2, 2, bias=False)
+
+
+def test_clip_is_a_group_of_its_own_with_a_rate_of_its_own() -> None:
+    model = WithClip()
+    optimizer = build_optimizer(model, OptimSettings(weight_decay=0.0))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    recorded = set_learning_rate(optimizer, 1e-2, clip_scale=0.1)
+    assert recorded == {"train/lr": 1e-2, "train/lr_clip": pytest.approx(1e-3)}
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 0.5)
+    optimizer.step()
+    # Adam's first step is the learning rate times the gradient's sign
+    for name, rate in (("encoder.clip.weight", 1e-3), ("decoder.weight", 1e-2)):
+        torch.testing.assert_close(before[name] - model.get_parameter(name).detach(), torch.full((2, 2), rate))
+
+
+def test_the_rate_of_clip_is_recorded_only_while_it_learns() -> None:
+    model = WithClip()
+    optimizer = build_optimizer(model, OptimSettings())
+    model.encoder.clip.requires_grad_(False)
+    assert set_learning_rate(optimizer, 1e-2, clip_scale=0.1) == {"train/lr": 1e-2}
+    frozen = WithClip()
+    frozen.encoder.clip.requires_grad_(False)
+    assert set_learning_rate(build_optimizer(frozen, OptimSettings()), 1e-2, clip_scale=1.0) == {"train/lr": 1e-2}
+
+
+def test_what_is_frozen_does_not_decay() -> None:
+    model = WithClip()
+    optimizer = build_optimizer(model, OptimSettings(lr=0.1, weight_decay=0.5))
+    for frozen in (False, True):
+        model.encoder.clip.requires_grad_(not frozen)
+        before = model.encoder.clip.weight.detach().clone()
+        loss = model.decoder(torch.ones(2)).sum() + (0 if frozen else model.encoder.clip(torch.ones(2)).sum())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        assert torch.equal(model.encoder.clip.weight, before) == frozen
