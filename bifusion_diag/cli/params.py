@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 #: What the documents say of sizes, beside which the measured ones are shown. Keys are parts of the fused model or of
-#: the baseline.
+#: the baseline, both with ESAM's decoder.
 CLAIMS = {
     ("bifusion", "total"): "about 89 M (001)",
     ("bifusion", "encoder.gate"): "about 0.12 M (003)",
@@ -35,6 +35,7 @@ def params(
     table.add_column("trainable", justify="right")
     table.add_column("the documents")
     for part, size in build_model(settings).part_sizes().items():
-        claim = CLAIMS.get((kind, part), "") if settings.scale == "full" else ""
+        documented = settings.scale == "full" and settings.model.decoder.masks == "mixed"
+        claim = CLAIMS.get((kind, part), "") if documented else ""
         table.add_row(part, f"{size.total:,}", f"{size.trainable:,}", claim)
     Console().print(table)

@@ -15,6 +15,9 @@ NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 PositiveNumber = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Metres = PositiveNumber
 
+#: The first so many semantic classes are stuff, without objects: ScanNet200's wall and floor.
+STUFF_CLASSES = 2
+
 
 class Strict(BaseModel):
     """Unknown keys are errors, values are checked again when assigned."""
@@ -84,28 +87,78 @@ class GateSettings(Strict):
     heads: Positive = Field(8, description="enhanced: heads of the attention; must divide the common width")
 
 
-class DecoderSettings(Strict):
-    """ESAM's mixed query decoder."""
+class Mask3DSettings(Strict):
+    """What only Mask3D's decoder has (Schult et al., ICRA 2023)."""
 
-    layers: Positive = 3
+    queries: Positive = Field(100, description="queries a scene, picked among its voxels by farthest point sampling")
+    keys: tuple[Positive, ...] = Field(
+        (200, 800, 3200, 12800),
+        min_length=1,
+        max_length=5,
+        description="the U-Net's scales that a layer attends to, coarsest first: voxels of a scene drawn in training",
+    )
+    gauss_scale: PositiveNumber = Field(1.0, description="standard deviation of the Fourier encoding's frequencies")
+
+
+class DecoderSettings(Strict):
+    """The query decoder: ESAM's mixed one, OneFormer3D's (``masks: superpoint``) or Mask3D's (``kind: mask3d``)."""
+
+    kind: Literal["superpoint_queries", "mask3d"] = "superpoint_queries"
+    layers: Positive = Field(3, description="mask3d: rounds over all scales, with the same weights")
     width: Positive = 256
     heads: Positive = 8
     hidden: Positive = 1024
     dropout: Share = 0.0
-    instance_classes: Positive = 1
+    masks: Literal["mixed", "superpoint"] = Field(
+        "mixed", description="'mixed' = the later half over points (ESAM), 'superpoint' = all over superpoints"
+    )
+    instance_classes: Positive = Field(
+        1,
+        description="1 = class-agnostic; `semantic_classes` = object class c is semantic class c (Mask3D); "
+        "`semantic_classes` − 2 = without wall and floor (OneFormer3D: 198 of ScanNet200)",
+    )
     semantic_classes: Positive = 200
     score_head: bool = False
     box_head: bool = False
     learnable_queries: int = Field(0, ge=0)
+    text_queries: bool = Field(False, description="one query a semantic class, from the text features of its name")
     query_share: Share = Field(
         0.5, description="training draws between this share and all of the superpoints as queries"
     )
+    mask3d: Mask3DSettings = Mask3DSettings()
 
     @model_validator(mode="after")
     def _heads_share_the_width(self) -> DecoderSettings:
         if self.width % self.heads:
             raise ValueError(f"decoder.width {self.width} is not a multiple of decoder.heads {self.heads}")
         return self
+
+    @model_validator(mode="after")
+    def _object_classes_are_semantic_classes(self) -> DecoderSettings:
+        allowed = [1, self.semantic_classes, self.semantic_classes - STUFF_CLASSES]
+        if self.instance_classes not in allowed:
+            raise ValueError(
+                f"decoder.instance_classes {self.instance_classes} must be 1 (class-agnostic), {allowed[1]} (every "
+                f"semantic class) or {allowed[2]} (without wall and floor)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _mask3d_has_its_own_queries(self) -> DecoderSettings:
+        if self.kind == "mask3d":
+            if self.masks != "superpoint":
+                raise ValueError("decoder.kind 'mask3d' has masks over superpoints: set decoder.masks=superpoint")
+            wanted = ("text_queries", "learnable_queries", "score_head", "box_head")
+            if extra := [name for name in wanted if getattr(self, name)]:
+                raise ValueError(f"decoder.kind 'mask3d' has no {' and no '.join(extra)}: switch it off")
+            if self.width % 2:
+                raise ValueError(f"decoder.width {self.width} is odd: mask3d's encoding is half sines, half cosines")
+        return self
+
+    @property
+    def first_object_class(self) -> int:
+        """The semantic class of object class 0, unless the classes are agnostic."""
+        return self.semantic_classes - self.instance_classes
 
 
 class InferenceSettings(Strict):
@@ -134,6 +187,9 @@ class ModelSettings(Strict):
         None,
         description="a file of weights to begin with: ESAM, OneFormer3D, Mask3D, a Res16UNet alone, or an earlier run's "
         "state.safetensors; what does not fit begins fresh",
+    )
+    pooling: Literal["geometry", "mean"] = Field(
+        "geometry", description="points to superpoints: ESAM's geometry-aware pooling, or the plain mean (OneFormer3D)"
     )
     film_hidden: Positive = 128
     backbone: BackboneSettings = BackboneSettings()
@@ -164,9 +220,18 @@ class ModelSettings(Strict):
             raise ValueError(f"common_width {self.common_width} is not a multiple of gate.heads {self.gate.heads}")
         return self
 
+    @model_validator(mode="after")
+    def _mask3d_reads_the_scales_of_the_baselines_unet(self) -> ModelSettings:
+        if self.decoder.kind == "mask3d" and self.fusion != "none":
+            raise ValueError(
+                "decoder.kind 'mask3d' reads the scales of the 3D baseline's U-Net: set model.fusion=none, or take "
+                "decoder.kind=superpoint_queries"
+            )
+        return self
+
 
 class SemanticLossSettings(Strict):
-    """Cross-entropy over the semantic classes on superpoint queries."""
+    """Cross-entropy over the semantic classes on superpoint and text queries. Mask3D's decoder has no such head."""
 
     weight: NonNegative = 0.4
 
@@ -174,15 +239,22 @@ class SemanticLossSettings(Strict):
 class InstanceLossSettings(Strict):
     """The instance loss and its matcher."""
 
-    style: Literal["unified", "esam"] = "unified"
+    style: Literal["unified", "esam", "mask3d"] = "unified"
     weight: NonNegative = 1.0
     parts: tuple[NonNegative, ...] = Field(
-        (1.0, 0.8, 0.2), description="unified: [class, mask, objectness]; esam: [class, BCE, Dice, score, box]"
+        (1.0, 0.8, 0.2),
+        description="unified: [class, mask, objectness]; esam: [class, BCE, Dice, score, box]; "
+        "mask3d: [class, BCE, Dice]",
     )
     no_object_weight: NonNegative = 0.1
     focal_alpha: Share = 0.25
     focal_gamma: NonNegative = 2.0
     mask_bce_share: Share = Field(0.6, description="unified: mask loss = share · BCE + (1 − share) · Dice")
+    matcher: Literal["sparse", "hungarian"] = Field(
+        "sparse",
+        description="'sparse' = each object's `match_topk` cheapest queries among those inside it (ESAM); "
+        "'hungarian' = the cheapest one-to-one assignment of all queries (Mask3D)",
+    )
     match_class: NonNegative = 0.5
     match_bce: NonNegative = 1.0
     match_dice: NonNegative = 1.0
@@ -193,7 +265,7 @@ class InstanceLossSettings(Strict):
 
     @model_validator(mode="after")
     def _parts_fit_style(self) -> InstanceLossSettings:
-        expected = {"unified": 3, "esam": 5}[self.style]
+        expected = {"unified": 3, "esam": 5, "mask3d": 3}[self.style]
         if len(self.parts) != expected:
             raise ValueError(f"instance.parts has {len(self.parts)} weights; style '{self.style}' takes {expected}")
         return self

@@ -1,8 +1,8 @@
-"""The transformer layer of the query decoder: cross-attention, self-attention, feed-forward; each with post-norm.
+"""The transformer layer of the query decoders: cross-attention, self-attention, feed-forward; each with post-norm.
 
 Queries of all scenes are concatenated; attention stays within a scene.
 
-Legend: Q queries · K keys (superpoints) of a scene · d width.
+Legend: Q queries · K keys (superpoints or voxels) of a scene · d width.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ class QueryAttention(nn.Module):
         keys: Tensor,
         key_counts: tuple[int, ...],
         hidden: Sequence[Tensor] | None = None,
+        query_places: Tensor | None = None,
+        key_places: Tensor | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -48,28 +50,34 @@ class QueryAttention(nn.Module):
             key_counts: K_i.
             hidden: per scene (Q_i, K_i) bool, True = the query does not see the key. No row may be all True: its
                 softmax would be 0/0.
+            query_places: (ΣQ_i, d) code of where each query is, added where it is compared, or None.
+            key_places: (ΣK_i, d) code of where each key is, added where it is compared and not to the values, or None.
 
         Returns:
             (ΣQ_i, d).
         """
+        asking = queries if query_places is None else queries + query_places
+        asked = keys if key_places is None else keys + key_places
         attended = []
         # The plain kernel: the fused CUDA kernels add the gradient of the keys in an order that varies.
         with sdpa_kernel(SDPBackend.MATH):
-            for scene, (query, key) in enumerate(
-                zip(split_rows(queries, query_counts), split_rows(keys, key_counts), strict=True)
-            ):
+            compared = split_rows(asking, query_counts)
+            values = split_rows(keys, key_counts)
+            # Without places, keys and values are the same tensors: the attention then projects both at once.
+            with_places = values if asked is keys else split_rows(asked, key_counts)
+            for scene, (query, key, value) in enumerate(zip(compared, with_places, values, strict=True)):
                 mask = None if hidden is None else hidden[scene]
-                attended.append(self.attention(query, key, key, attn_mask=mask, need_weights=False)[0])
+                attended.append(self.attention(query, key, value, attn_mask=mask, need_weights=False)[0])
         return self.norm(queries + self.dropout(torch.cat(attended)))
 
 
 class FeedForward(nn.Module):
-    """Two linear layers around a GELU, residual, post-norm."""
+    """Two linear layers around an activation, residual, post-norm."""
 
-    def __init__(self, width: int, hidden: int, dropout: float) -> None:
+    def __init__(self, width: int, hidden: int, dropout: float, activation: type[nn.Module] = nn.GELU) -> None:
         super().__init__()
         self.net = nn.Sequential(
-            nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, width), nn.Dropout(dropout)
+            nn.Linear(width, hidden), activation(), nn.Dropout(dropout), nn.Linear(hidden, width), nn.Dropout(dropout)
         )
         self.norm = nn.LayerNorm(width)
 

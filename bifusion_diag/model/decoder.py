@@ -1,41 +1,51 @@
-"""ESAM's mixed query decoder: superpoint queries, masked attention, masks at superpoint and then at point level.
+"""The decoder with superpoint queries and masked attention: ESAM's and OneFormer3D's.
 
-Source: Xu et al., "EmbodiedSAM", ICLR 2025, section 3.2; masked attention: Cheng et al., "Mask2Former", CVPR 2022.
+ESAM's masks are at superpoint and then at point level, OneFormer3D's at superpoint level alone. Sources: Xu et al.,
+"EmbodiedSAM", ICLR 2025, section 3.2; Kolodiazhnyi et al., "OneFormer3D", CVPR 2024, section 3.2; masked attention:
+Cheng et al., "Mask2Former", CVPR 2022. Document 003 adds text queries: a class's name, encoded by CLIP's text tower, as
+a query that looks for objects of that class.
 
-Legend: B scenes · N points · S superpoints · Q queries of a scene · C width of the features · d width of the queries.
+Legend: B scenes · N points · S superpoints · Q queries of a scene · C width of the features · d width of the queries ·
+K semantic classes · E width of the text features.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from bifusion_diag.config.settings import DecoderSettings
+from bifusion_diag.data.batch import Batch
 from bifusion_diag.model.attention import DecoderLayer, unmask_hidden_rows
-from bifusion_diag.model.outputs import LayerPrediction
+from bifusion_diag.model.outputs import EncoderOutput, LayerPrediction
+from bifusion_diag.model.pooling import Pooled
 from bifusion_diag.model.segments import segment_mean, split_rows, starts
 
 
 class DecoderOutput(NamedTuple):
-    """Output of the decoder; the fields of the same name in :class:`~bifusion_diag.model.outputs.Predictions`."""
+    """Output of a decoder; the fields of the same name in :class:`~bifusion_diag.model.outputs.Predictions`."""
 
     layers: list[LayerPrediction]
-    semantic: list[Tensor]  # (Q_i, semantic classes + 1) a scene
-    query_superpoints: list[Tensor]  # (Q_i,) int64 a scene, -1 = learnable
+    semantic: list[Tensor] | None  # (Q_i, semantic classes + 1) a scene
+    query_superpoints: list[Tensor]  # (Q_i,) int64 a scene, -1 = none
+    query_classes: list[Tensor] | None = None  # (Q_i,) int64 a scene, -1 = not a text query
 
 
 class _MaskFeatures(NamedTuple):
     """What the queries are compared with."""
 
     superpoint: list[Tensor]  # (S_i, d) a scene
-    point: list[Tensor]  # (N_i, d) a scene
+    point: list[Tensor] | None  # (N_i, d) a scene
 
     def at(self, level: str) -> list[Tensor]:
         """The features that masks of this level range over."""
-        return self.superpoint if level == "superpoint" else self.point
+        if level == "superpoint":
+            return self.superpoint
+        assert self.point is not None, "masks over points are asked for"
+        return self.point
 
 
 class PredictionHeads(nn.Module):
@@ -77,33 +87,67 @@ class MixedQueryDecoder(nn.Module):
     """Turns superpoints into instances.
 
     The queries are superpoints: a random share of them in training (drawn from PyTorch's CPU generator), all of them in
-    evaluation; learnable queries may be added in front. The first half of the predictions has masks over superpoints,
-    the second half over points.
+    evaluation. In front of them may stand learnable queries, then text queries, one a semantic class; neither is drawn.
+    The first half of the predictions has masks over superpoints, the second half over points; or all have them over
+    superpoints.
 
     Args:
         settings: sizes and heads.
         in_channels: C.
+        text_features: (K, E) of the semantic classes' names; given if and only if the settings have text queries. They
+            are a buffer: stored with the weights, never trained.
+        text_origin: where they come from, for the run record.
     """
 
-    def __init__(self, settings: DecoderSettings, in_channels: int) -> None:
+    def __init__(
+        self,
+        settings: DecoderSettings,
+        in_channels: int,
+        text_features: Tensor | None = None,
+        *,
+        text_origin: str = "given",
+    ) -> None:
         super().__init__()
+        assert (text_features is not None) == settings.text_queries, "text queries need text features"
         self.settings = settings
         width = settings.width
         self.learnable = nn.Embedding(settings.learnable_queries, width) if settings.learnable_queries else None
         self.query_projection = _mlp(in_channels, width, width)
         self.key_projection = nn.Sequential(nn.Linear(in_channels, width), nn.LayerNorm(width), nn.ReLU())
         self.superpoint_mask = _mlp(in_channels, width, width)
-        self.point_mask = _mlp(3 + in_channels, width, width)
+        self.point_mask = _mlp(3 + in_channels, width, width) if settings.masks == "mixed" else None
         self.layers = nn.ModuleList(
             DecoderLayer(width, settings.heads, settings.hidden, settings.dropout) for _ in range(settings.layers)
         )
         self.query_norm = nn.LayerNorm(width)
         self.heads = PredictionHeads(settings)
         self.semantic_head = nn.Linear(width, settings.semantic_classes + 1)
+        self.register_buffer("text_features", text_features)
+        self.text_features: Tensor | None
+        self.text_projection = None if text_features is None else nn.Linear(text_features.shape[1], width)
+        self._text_origin = text_origin
+
+    def provenance(self) -> dict[str, str]:
+        """Where the text features come from, for the run record."""
+        return {} if self.text_features is None else {"text_features": self._text_origin}
+
+    def inputs(self, encoder: EncoderOutput, pooled: Pooled, batch: Batch) -> tuple[Any, ...]:
+        """What :meth:`forward` takes, from what the parts before give."""
+        return (
+            pooled.features,
+            batch.superpoint_counts,
+            encoder.fused,
+            batch.coords,
+            batch.point_counts,
+            batch.superpoint,
+            pooled.point_weight,
+        )
 
     def mask_levels(self) -> list[str]:
-        """Level of the masks of each prediction, the initial queries' first. The last is always "point"."""
+        """Level of the masks of each prediction, the initial queries' first. The last one's is ESAM's "point"."""
         predictions = self.settings.layers + 1
+        if self.settings.masks == "superpoint":
+            return ["superpoint"] * predictions
         return ["superpoint"] * (predictions // 2) + ["point"] * (predictions - predictions // 2)
 
     def forward(
@@ -135,7 +179,9 @@ class MixedQueryDecoder(nn.Module):
         keys = self.key_projection(superpoints)
         features = _MaskFeatures(
             superpoint=split_rows(self.superpoint_mask(superpoints), superpoint_counts),
-            point=split_rows(self.point_mask(torch.cat([coords, points], dim=1)), point_counts),
+            point=None
+            if self.point_mask is None
+            else split_rows(self.point_mask(torch.cat([coords, points], dim=1)), point_counts),
         )
         local = [
             ids - first
@@ -151,12 +197,21 @@ class MixedQueryDecoder(nn.Module):
             queries = layer(queries, counts, keys, superpoint_counts, hidden)
             normed = self.query_norm(queries)
             predictions.append(self.heads(normed, counts, features.at(level), level))
-        learnable = superpoint.new_full((self.settings.learnable_queries,), -1)
+        not_superpoints = superpoint.new_full((counts[0] - len(drawn[0]),), -1)
         return DecoderOutput(
             layers=predictions,
             semantic=split_rows(self.semantic_head(normed), counts),
-            query_superpoints=[torch.cat([learnable, ids]) for ids in drawn],
+            query_superpoints=[torch.cat([not_superpoints, ids]) for ids in drawn],
+            query_classes=self._query_classes(drawn),
         )
+
+    def _query_classes(self, drawn: list[Tensor]) -> list[Tensor] | None:
+        """Class of each text query among the queries of each scene: (Q_i,) int64, -1 = not a text query."""
+        if self.text_features is None:
+            return None
+        learnable = drawn[0].new_full((self.settings.learnable_queries,), -1)
+        classes = torch.arange(len(self.text_features), device=learnable.device)
+        return [torch.cat([learnable, classes, torch.full_like(ids, -1)]) for ids in drawn]
 
     def _draw_queries(self, superpoint_counts: tuple[int, ...], device: torch.device) -> list[Tensor]:
         """The superpoints of each scene that become queries: int64 within the scene."""
@@ -172,14 +227,17 @@ class MixedQueryDecoder(nn.Module):
     def _initial_queries(
         self, superpoints: Tensor, superpoint_counts: tuple[int, ...], drawn: list[Tensor]
     ) -> tuple[Tensor, tuple[int, ...]]:
-        """(ΣQ_i, d) and Q_i: the learnable queries of each scene, then its projected superpoints."""
+        """(ΣQ_i, d) and Q_i: of each scene the learnable queries, the text queries, then its projected superpoints."""
         rows = torch.cat([ids + first for ids, first in zip(drawn, starts(superpoint_counts), strict=True)])
         counts = tuple(len(ids) for ids in drawn)
         queries = self.query_projection(superpoints.index_select(0, rows))
-        if self.learnable is None:
+        shared = [] if self.learnable is None else [self.learnable.weight]
+        if self.text_projection is not None:
+            shared.append(self.text_projection(self.text_features))
+        if not shared:
             return queries, counts
-        with_learnable = [torch.cat([self.learnable.weight, scene]) for scene in split_rows(queries, counts)]
-        return torch.cat(with_learnable), tuple(len(scene) for scene in with_learnable)
+        together = [torch.cat([*shared, scene]) for scene in split_rows(queries, counts)]
+        return torch.cat(together), tuple(len(scene) for scene in together)
 
 
 @torch.no_grad()

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from bifusion_diag.model.sparse import SparseTensor
+
 
 class ClipTokens(NamedTuple):
     """Output of the CLIP visual tower (frozen)."""
@@ -38,6 +40,13 @@ class GateOutput(NamedTuple):
     channel_weight: Tensor  # (B, C) squeeze-and-excitation weights
 
 
+class Scales(NamedTuple):
+    """Features of every scale of the U-Net's way up."""
+
+    tensors: list[SparseTensor]  # coarsest first, the finest has one row a voxel that points lie in
+    point_voxel: Tensor  # (N,) int64 row of each point in the finest
+
+
 class EncoderOutput(NamedTuple):
     """Point features. The 2D fields are None for a 3D-only encoder."""
 
@@ -47,6 +56,7 @@ class EncoderOutput(NamedTuple):
     alpha: Tensor | None = None  # (N, 1)
     valid: Tensor | None = None  # (N,) bool: the point has a 2D feature
     global2d: Tensor | None = None  # (B, C) mean of the scene's global CLIP features, L2-normalised
+    scales: Scales | None = None  # where the decoder reads them
 
 
 class LayerPrediction(NamedTuple):
@@ -60,13 +70,24 @@ class LayerPrediction(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """Everything the criterion needs of a forward pass."""
+    """Everything the criterion needs of a forward pass, and all that a scene's prediction is read from.
+
+    Instances are read from the last layer: every query gives its mask, and the probability of each object class (the
+    last column, "no object", left out). Object class c is semantic class ``c + decoder.first_object_class``, unless the
+    classes are agnostic. A text query's objects are of its own class.
+
+    Semantics are read from ``semantic`` of the superpoint queries: a superpoint's class is the most probable one of its
+    query, the last column left out. Without ``semantic`` (Mask3D) they are read as MaskFormer does (Cheng et al.,
+    NeurIPS 2021, section 3.4): a superpoint's class is the object class with the largest sum over the queries of
+    (class probability · mask probability); classes of stuff are then never predicted, because no object has them.
+    """
 
     layers: list[LayerPrediction]  # from the initial queries to the last decoder layer
-    semantic: list[Tensor]  # (Q_i, semantic classes + 1) logits of the last layer
-    query_superpoints: list[Tensor]  # (Q_i,) int64: the scene's superpoint each query was drawn from, -1 = learnable
+    semantic: list[Tensor] | None  # (Q_i, semantic classes + 1) logits of the last layer; None: no such head
+    query_superpoints: list[Tensor]  # (Q_i,) int64: the scene's superpoint each query was drawn from, -1 = none
     encoder: EncoderOutput
     superpoints: Tensor  # (S, C) pooled features
+    query_classes: list[Tensor] | None = None  # (Q_i,) int64: class of a text query, -1 = other; None: no text queries
 
 
 class LossOutput(NamedTuple):

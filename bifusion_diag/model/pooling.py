@@ -1,7 +1,4 @@
-"""Points to superpoints, weighted by where each point lies in its superpoint.
-
-The geometry-aware pooling of ESAM (Xu et al., ICLR 2025, section 3.2).
-"""
+"""Points to superpoints: ESAM's geometry-aware pooling (Xu et al., ICLR 2025, section 3.2), or the plain mean."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ _SMALLEST_DIAMETER = 1e-2  # [m], added to the diameter: a superpoint of one poi
 
 
 class Pooled(NamedTuple):
-    """Output of the pooling."""
+    """Output of a pooling."""
 
     features: Tensor  # (S, C) superpoint features
     point_weight: Tensor  # (N, 1) weight of each point in its superpoint, in (0, 2)
@@ -62,6 +59,19 @@ class GeometryAwarePooling(nn.Module):
         shape = segment_max(position, superpoint, n_superpoints)
         point_weight = 2 * self.weight(torch.cat([position, shape.index_select(0, superpoint)], dim=1))
         return Pooled(segment_mean(x * point_weight, superpoint, n_superpoints) + shape, point_weight)
+
+
+class MeanPooling(nn.Module):
+    """Mean of the superpoint's point features, as in OneFormer3D and Mask3D. Nothing is learned."""
+
+    def forward(self, x: Tensor, coords: Tensor, superpoint: Tensor, n_superpoints: int) -> Pooled:
+        """Pool; arguments as in :meth:`GeometryAwarePooling.forward`. Every point weighs 1."""
+        return Pooled(segment_mean(x, superpoint, n_superpoints), x.new_ones(len(x), 1))
+
+
+def make_pooling(kind: str, channels: int) -> GeometryAwarePooling | MeanPooling:
+    """The pooling of a name: "geometry" or "mean"."""
+    return MeanPooling() if kind == "mean" else GeometryAwarePooling(channels)
 
 
 def _within_superpoint(coords: Tensor, superpoint: Tensor, n_superpoints: int) -> Tensor:

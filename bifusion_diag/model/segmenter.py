@@ -11,8 +11,9 @@ from bifusion_diag.model.decoder import MixedQueryDecoder
 from bifusion_diag.model.encoder3d import Encoder3D
 from bifusion_diag.model.inference import Inference, ScenePrediction, evaluating
 from bifusion_diag.model.losses import Criterion
+from bifusion_diag.model.mask3d import Mask3DDecoder
 from bifusion_diag.model.outputs import EncoderOutput, Predictions, SegmenterOutput
-from bifusion_diag.model.pooling import GeometryAwarePooling
+from bifusion_diag.model.pooling import GeometryAwarePooling, MeanPooling
 
 if TYPE_CHECKING:
     from bifusion_diag.model.encoder_bifusion import BiFusionEncoder
@@ -34,8 +35,8 @@ class Segmenter(nn.Module):
     def __init__(
         self,
         encoder: Encoder3D | BiFusionEncoder,
-        pool: GeometryAwarePooling,
-        decoder: MixedQueryDecoder,
+        pool: GeometryAwarePooling | MeanPooling,
+        decoder: MixedQueryDecoder | Mask3DDecoder,
         criterion: Criterion,
         inference: Inference,
     ) -> None:
@@ -67,26 +68,19 @@ class Segmenter(nn.Module):
         """What the decoder says, in the mode that the model is in."""
         encoder: EncoderOutput = self.encoder(batch)
         pooled = self.pool(encoder.fused, batch.coords, batch.superpoint, sum(batch.superpoint_counts))
-        decoded = self.decoder(
-            pooled.features,
-            batch.superpoint_counts,
-            encoder.fused,
-            batch.coords,
-            batch.point_counts,
-            batch.superpoint,
-            pooled.point_weight,
-        )
+        decoded = self.decoder(*self.decoder.inputs(encoder, pooled, batch))
         return Predictions(
             layers=decoded.layers,
             semantic=decoded.semantic,
             query_superpoints=decoded.query_superpoints,
             encoder=encoder,
             superpoints=pooled.features,
+            query_classes=decoded.query_classes,
         )
 
     def provenance(self) -> dict[str, str]:
         """Where the model's weights and its convolutions come from, for the run record."""
-        return self.encoder.provenance()
+        return self.encoder.provenance() | self.decoder.provenance()
 
     def part_sizes(self) -> dict[str, PartSize]:
         """Parameters of each part, in the order of execution; the encoder's parts one by one, then ``total``.

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from bifusion_diag.config.presets import load_settings
 from bifusion_diag.config.settings import DecoderSettings
 from bifusion_diag.model.attention import QueryAttention, unmask_hidden_rows
 from bifusion_diag.model.decoder import DecoderOutput, MixedQueryDecoder, superpoints_outside
@@ -50,6 +51,34 @@ def _tensors(output: DecoderOutput, scene: int) -> list[torch.Tensor]:
 
 def test_size_is_esams() -> None:
     assert sum(p.numel() for p in MixedQueryDecoder(DecoderSettings(), 96).parameters()) == 3_576_779
+
+
+def test_size_is_oneformer3ds() -> None:
+    """Counted from its configuration for ScanNet200: width 256, 6 layers, 198 object and 200 semantic classes."""
+    c, d, ff = 96, 256, 1024
+    attention = 4 * (d * d + d) + 2 * d
+    layer = 2 * attention + (d * ff + ff) + (ff * d + d) + 2 * d
+    projections = (c * d + d + 2 * d) + 2 * ((c * d + d) + (d * d + d))  # keys; queries and mask features
+    heads = (d * d + d) + (d * 199 + 199) + (d * 201 + 201) + 2 * d
+    decoder = MixedQueryDecoder(load_settings("oneformer3d").model.decoder, c)
+    assert sum(p.numel() for p in decoder.parameters()) == 6 * layer + projections + heads == 6_696_336
+
+
+def test_all_masks_may_be_over_superpoints() -> None:
+    settings = SMALL.model_copy(update={"layers": 6, "masks": "superpoint", "instance_classes": 5})
+    decoder = MixedQueryDecoder(settings, CHANNELS).eval()
+    inputs = _inputs([(40, 6), (25, 3)])
+    output = decoder(**inputs)
+    assert decoder.point_mask is None
+    assert len(output.layers) == 7
+    for layer in output.layers:
+        assert layer.level == "superpoint"
+        assert [tuple(mask.shape) for mask in layer.masks] == [(6, 6), (3, 3)]
+        assert [tuple(c.shape) for c in layer.classes] == [(6, 6), (3, 6)]
+    # Points count through their superpoints alone.
+    inputs["points"], inputs["coords"] = inputs["points"] + 1, inputs["coords"] - 1
+    other = decoder(**inputs)
+    assert all(torch.equal(a, b) for a, b in zip(_tensors(output, 0), _tensors(other, 0), strict=True))
 
 
 @pytest.mark.parametrize(("layers", "points_from"), [(1, 1), (2, 1), (3, 2), (6, 3)])
@@ -191,3 +220,66 @@ def test_box_sizes_are_positive_and_masks_are_query_times_feature() -> None:
     queries = decoder.query_norm(decoder.query_projection(inputs["superpoints"]))
     expected = torch.einsum("qd,sd->qs", queries, decoder.superpoint_mask(inputs["superpoints"]))
     torch.testing.assert_close(initial.masks[0], expected)
+
+
+TEXT = torch.nn.functional.normalize(torch.randn(7, 10, generator=torch.Generator().manual_seed(2)), dim=1)
+
+
+def _with_text(**update: Any) -> MixedQueryDecoder:
+    torch.manual_seed(4)
+    return MixedQueryDecoder(SMALL.model_copy(update={"text_queries": True, **update}), CHANNELS, TEXT)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_text_queries_stand_between_learnable_and_superpoint_queries(training: bool) -> None:
+    decoder = _with_text(learnable_queries=2).train(training)
+    normed: list[torch.Tensor] = []
+    decoder.query_norm.register_forward_hook(lambda module, args, out: normed.append(out))
+    inputs = _inputs([(40, 6), (25, 3)])
+    output = decoder(**inputs)
+    assert output.query_classes is not None
+    first = 0
+    for scene, superpoints in enumerate((6, 3)):
+        ids, classes = output.query_superpoints[scene], output.query_classes[scene]
+        drawn = len(ids) - 9
+        assert classes.tolist() == [-1, -1, *range(7), *[-1] * drawn]
+        assert ids[:9].tolist() == [-1] * 9
+        assert (ids[9:] >= 0).all()
+        assert len(ids) == len(output.layers[-1].masks[scene]) == len(output.semantic[scene])
+        expected = decoder.query_norm(decoder.text_projection(TEXT))
+        torch.testing.assert_close(normed[0][first + 2 : first + 9], expected)
+        assert drawn == superpoints or training
+        first += len(ids)
+
+
+def test_text_queries_change_no_other_weight_and_learn_through_their_projection() -> None:
+    torch.manual_seed(4)
+    without = MixedQueryDecoder(SMALL, CHANNELS)
+    decoder = _with_text()
+    other = dict(decoder.named_parameters())
+    assert set(other) - set(dict(without.named_parameters())) == {"text_projection.weight", "text_projection.bias"}
+    assert all(torch.equal(value, other[name]) for name, value in without.named_parameters())
+    assert "text_features" in decoder.state_dict()
+    assert "text_features" not in without.state_dict()
+    output = decoder(**_inputs([(40, 6)]))
+    torch.stack([t.square().sum() for t in _tensors(output, 0)]).sum().backward()
+    assert decoder.text_projection.weight.grad.abs().sum() > 0
+    assert without.provenance() == {}
+    assert decoder.provenance() == {"text_features": "given"}
+
+
+def test_text_queries_cross_scenes_as_little_as_others() -> None:
+    decoder = _with_text().eval()
+    inputs = _inputs([(40, 6), (25, 3)])
+    alone = dict(inputs)
+    alone.update(
+        superpoints=inputs["superpoints"][6:],
+        superpoint_counts=(3,),
+        points=inputs["points"][40:],
+        coords=inputs["coords"][40:],
+        point_counts=(25,),
+        superpoint=inputs["superpoint"][40:] - 6,
+        point_weight=inputs["point_weight"][40:],
+    )
+    for ours, theirs in zip(_tensors(decoder(**inputs), 1), _tensors(decoder(**alone), 0), strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -59,7 +59,20 @@ def test_baseline_hands_on_the_unets_features(batch_of_two: Callable[..., Batch]
     voxels = encoder.backbone.voxelize(batch.coords, batch.color, batch.scene_index)
     assert torch.equal(out.fused, voxels.slice(encoder.backbone(voxels.tensor)))
     assert torch.equal(out.fused, out.f3d)
-    assert out[2:] == (None,) * 4
+    assert out[2:] == (None,) * 5
+
+
+def test_scales_come_beside_the_same_features(batch_of_two: Callable[..., Batch]) -> None:
+    batch = batch_of_two()
+    outputs = []
+    for scales in (False, True):
+        torch.manual_seed(0)
+        encoder = Encoder3D(BACKBONE, engine=make_engine("native"), scales=scales).eval()
+        outputs.append(encoder(batch))
+    plain, rich = outputs
+    assert torch.equal(plain.fused, rich.fused)
+    assert [tensor.stride for tensor in rich.scales.tensors] == [16, 8, 4, 2, 1]
+    assert torch.equal(rich.scales.tensors[-1].feats[rich.scales.point_voxel], rich.fused)
 
 
 def test_fused_encoder_declares_its_shapes_and_norms(batch_of_two: Callable[..., Batch]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bifusion_diag.model.pooling import GeometryAwarePooling
+from bifusion_diag.model.pooling import GeometryAwarePooling, MeanPooling
 
 
 def _parameters(module: torch.nn.Module) -> int:
@@ -50,3 +50,12 @@ def test_moving_the_scene_changes_nothing() -> None:
     here = pooling(x, coords, superpoint, 3)
     there = pooling(x, coords + torch.tensor([10.0, -7.0, 2.0]), superpoint, 3)
     torch.testing.assert_close(here.features, there.features, atol=1e-10, rtol=0)
+
+
+def test_mean_pooling_is_the_mean_and_learns_nothing() -> None:
+    pooling = MeanPooling()
+    x, superpoint = torch.randn(30, 8), torch.cat([torch.arange(5), torch.randint(0, 5, (25,))])
+    pooled = pooling(x, torch.rand(30, 3), superpoint, 5)
+    torch.testing.assert_close(pooled.features, torch.stack([x[superpoint == s].mean(0) for s in range(5)]))
+    assert torch.equal(pooled.point_weight, torch.ones(30, 1))
+    assert _parameters(pooling) == 0

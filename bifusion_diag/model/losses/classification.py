@@ -14,7 +14,7 @@ def no_object_cross_entropy(logits: Tensor, labels: Tensor, no_object_weight: fl
 
     Args:
         logits: (Q, K + 1).
-        labels: (Q,) int64 in 0..K.
+        labels: (Q,) int64 in 0..K; queries of several scenes may be concatenated.
         no_object_weight: weight of queries whose label is K; the others have 1.
 
     Returns:

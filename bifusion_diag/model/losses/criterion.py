@@ -29,16 +29,11 @@ class Criterion(nn.Module):
         fused: the encoder has 2D features; without them there are no clip and no auxiliary terms.
 
     Raises:
-        UserError: no term is left, or the instance classes are not class-agnostic.
+        UserError: no term is left.
     """
 
     def __init__(self, settings: LossSettings, decoder: DecoderSettings, *, fused: bool) -> None:
         super().__init__()
-        if decoder.instance_classes != 1:
-            raise UserError(
-                f"model.decoder.instance_classes is {decoder.instance_classes}: the instance losses are "
-                "class-agnostic, set it to 1 (classes come from the semantic head)"
-            )
         self.settings = settings
         self.decoder = decoder
         self.fused = fused
@@ -71,13 +66,15 @@ class Criterion(nn.Module):
     def _terms(self, predictions: Predictions, batch: Batch) -> dict[str, Tensor]:
         """The raw terms that are active, and the parts of the instance loss that are not."""
         settings, encoder = self.settings, predictions.encoder
-        targets = scene_targets(batch, self.decoder.semantic_classes)
-        queries = predictions.query_superpoints
+        targets = scene_targets(batch, self.decoder)
+        queries, texts = predictions.query_superpoints, predictions.query_classes
         terms: dict[str, Tensor] = {}
         if "semantic" in self.term_names:
-            terms["semantic"] = semantic_loss(predictions.semantic, queries, [scene.semantic for scene in targets])
+            assert predictions.semantic is not None
+            labels = [scene.semantic for scene in targets]
+            terms["semantic"] = semantic_loss(predictions.semantic, queries, labels, texts)
         if any(name.startswith("instance_") for name in self.term_names):
-            terms |= instance_terms(predictions.layers, queries, targets, settings.instance)
+            terms |= instance_terms(predictions.layers, queries, targets, settings.instance, texts)
         if "clip_align" in self.term_names:
             terms["clip_align"] = clip_align_loss(encoder, batch.scene_index, settings.clip_align)
         if "spatial_consistency" in self.term_names:
@@ -101,6 +98,8 @@ def _instance_parts(settings: LossSettings) -> dict[str, float]:
 def _active_terms(settings: LossSettings, decoder: DecoderSettings, fused: bool) -> tuple[str, ...]:
     """Names of the terms that apply, in their fixed order."""
     missing = set()
+    if decoder.kind == "mask3d":
+        missing.add("semantic")
     if not decoder.score_head:
         missing.add("instance_score")
     if not decoder.box_head:

@@ -1,9 +1,11 @@
-"""The instance loss in its two styles, as named terms summed over the decoder's layers.
+"""The instance loss in its three styles, as named terms summed over the decoder's layers.
 
-``esam``: cross-entropy, BCE, Dice, score regression and box IoU of ESAM's ``MixedInstanceCriterion``.
+``esam``: cross-entropy, BCE, Dice, score regression and box IoU of ESAM's ``MixedInstanceCriterion`` (OneFormer3D's has
+the same terms and means, without boxes).
+``mask3d``: cross-entropy, BCE and Dice as Mask3D's ``SetCriterion`` averages them.
 ``unified``: focal classification, one mask loss and objectness of document 003.
 
-Legend: B scenes · Q queries · G objects · P matched pairs · M elements of a mask.
+Legend: B scenes · Q queries · G objects · P matched pairs · M elements of a mask · K object classes.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from bifusion_diag.config.settings import InstanceLossSettings
 from bifusion_diag.model.losses.boxes import box_iou_loss, object_boxes, query_centres
 from bifusion_diag.model.losses.classification import focal_loss, no_object_cross_entropy
 from bifusion_diag.model.losses.masks import mask_bce, mask_dice, mask_iou
-from bifusion_diag.model.losses.matcher import Matches, match, queries_inside
+from bifusion_diag.model.losses.matcher import Matches, allowed_pairs, match
 from bifusion_diag.model.losses.targets import SceneTargets
 from bifusion_diag.model.outputs import LayerPrediction
 
@@ -27,6 +29,7 @@ from bifusion_diag.model.outputs import LayerPrediction
 INSTANCE_TERMS: dict[str, tuple[str, ...]] = {
     "unified": ("instance_class", "instance_mask", "instance_score"),
     "esam": ("instance_class", "instance_bce", "instance_dice", "instance_score", "instance_box"),
+    "mask3d": ("instance_class", "instance_bce", "instance_dice"),
 }
 
 _GOOD_MASK = 0.5  # ESAM's score learns the IoU of masks above this IoU only
@@ -50,28 +53,33 @@ def instance_terms(
     query_superpoints: Sequence[Tensor],
     targets: Sequence[SceneTargets],
     settings: InstanceLossSettings,
+    query_classes: Sequence[Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """All instance terms, unweighted, each the sum over the layers; every layer is matched on its own.
 
     Args:
         layers: predictions from the initial queries to the last layer.
-        query_superpoints: per scene (Q_i,) int64, -1 = learnable.
+        query_superpoints: per scene (Q_i,) int64, -1 = not a superpoint.
         targets: ground truth of each scene.
         settings: style, matching costs, and what an empty match does.
+        query_classes: per scene (Q_i,) int64 class of a text query, -1 = not a text query; None = there are none.
 
     Returns:
         Terms by name, in the order of :data:`INSTANCE_TERMS`. ``instance_score`` and ``instance_box`` are there only if
         the decoder predicts them.
     """
+    classes = [None] * len(targets) if query_classes is None else query_classes
     allowed = [
-        queries_inside(queries, scene.superpoint_masks)
-        for queries, scene in zip(query_superpoints, targets, strict=True)
+        allowed_pairs(queries, texts, scene, settings.matcher)
+        for queries, texts, scene in zip(query_superpoints, classes, targets, strict=True)
     ]
     total: dict[str, Tensor] = {}
     for layer in layers:
         scenes = [_scene(layer, i, targets[i], allowed[i], settings) for i in range(len(targets))]
         if settings.style == "unified":
             terms = _unified_layer(scenes, settings)
+        elif settings.style == "mask3d":
+            terms = _mask3d_layer(scenes, settings)
         else:
             terms = _esam_layer(scenes, settings, last=layer is layers[-1])
             if layer.boxes is not None:
@@ -83,15 +91,12 @@ def instance_terms(
 def _scene(
     layer: LayerPrediction, index: int, target: SceneTargets, allowed: Tensor, settings: InstanceLossSettings
 ) -> _Scene:
-    """Match one scene and gather its pairs. Classes are agnostic: every object has class 0."""
+    """Match one scene and gather its pairs."""
     classes, masks, truth = layer.classes[index], layer.masks[index], target.masks(layer.level)
-    object_classes = torch.zeros(len(truth), dtype=torch.int64, device=masks.device)
-    matches = match(classes, masks, object_classes, truth, allowed, settings)
-    labels = matches.queries.new_full((len(classes),), classes.shape[1] - 1)
-    labels[matches.queries] = 0
+    matches = match(classes, masks, target.labels, truth, allowed, settings)
     return _Scene(
         classes=classes,
-        labels=labels,
+        labels=_query_labels(matches, target.labels, len(classes), no_object=classes.shape[1] - 1),
         matches=matches,
         all_masks=masks,
         masks=masks.index_select(0, matches.queries),
@@ -103,6 +108,12 @@ def _scene(
     )
 
 
+def _query_labels(matches: Matches, labels: Tensor, queries: int, *, no_object: int) -> Tensor:
+    """(Q,) int64: the class of each query's object; of several objects, that of the first."""
+    first = labels.new_full((queries,), len(labels)).scatter_reduce(0, matches.queries, matches.objects, "amin")
+    return torch.cat([labels, labels.new_tensor([no_object])]).index_select(0, first)
+
+
 def _unified_layer(scenes: Sequence[_Scene], settings: InstanceLossSettings) -> dict[str, Tensor]:
     """Focal class, one mask loss, objectness: each a mean over scenes."""
     share = settings.mask_bce_share
@@ -110,7 +121,7 @@ def _unified_layer(scenes: Sequence[_Scene], settings: InstanceLossSettings) -> 
     masks = [share * mask_bce(s.masks, s.truth) + (1 - share) * mask_dice(s.masks, s.truth) for s in scenes if s.counts]
     terms = {"instance_class": _mean(classes), "instance_mask": _mean_over_counted(scenes, masks)}
     objectness = [
-        F.binary_cross_entropy_with_logits(s.scores[:, 0], (s.labels == 0).to(s.scores.dtype))
+        F.binary_cross_entropy_with_logits(s.scores[:, 0], (s.labels < s.classes.shape[1] - 1).to(s.scores.dtype))
         for s in scenes
         if s.scores is not None
     ]
@@ -135,6 +146,17 @@ def _esam_layer(scenes: Sequence[_Scene], settings: InstanceLossSettings, *, las
     if scenes[0].scores is not None:
         terms["instance_score"] = _mean([_score_regression(scene) for scene in scenes])
     return terms
+
+
+def _mask3d_layer(scenes: Sequence[_Scene], settings: InstanceLossSettings) -> dict[str, Tensor]:
+    """Class: a mean over the queries of all scenes. Masks: a mean over the pairs of a scene, summed over the scenes."""
+    classes, labels = torch.cat([s.classes for s in scenes]), torch.cat([s.labels for s in scenes])
+    counted = [s for s in scenes if s.counts]
+    return {
+        "instance_class": no_object_cross_entropy(classes, labels, settings.no_object_weight),
+        "instance_bce": _sum_over_counted(scenes, [mask_bce(s.masks, s.truth) for s in counted]),
+        "instance_dice": _sum_over_counted(scenes, [mask_dice(s.masks, s.truth) for s in counted]),
+    }
 
 
 def _score_regression(scene: _Scene) -> Tensor:
@@ -169,6 +191,11 @@ def _box_term(
 
 def _mean(values: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(values)).mean()
+
+
+def _sum_over_counted(scenes: Sequence[_Scene], values: Sequence[Tensor]) -> Tensor:
+    """Sum of the counted scenes' values, 0 if there are none; what is left out as in :func:`_mean_over_counted`."""
+    return _mean_over_counted(scenes, values) * max(1, len(values))
 
 
 def _mean_over_counted(scenes: Sequence[_Scene], values: Sequence[Tensor]) -> Tensor:

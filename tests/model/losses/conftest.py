@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from bifusion_diag.config.settings import DecoderSettings
 from bifusion_diag.data.batch import Batch
 from bifusion_diag.model.losses.targets import scene_targets
 from bifusion_diag.model.outputs import EncoderOutput, LayerPrediction, Predictions
 
 CLASSES = 7
+DECODER = DecoderSettings(semantic_classes=CLASSES)
 WIDTH = 8
 LEVELS = ("superpoint", "superpoint", "point", "point")
 
@@ -57,7 +59,7 @@ def make_batch(points: Sequence[int], superpoints: Sequence[int], objects: Seque
 
 def make_predictions(batch: Batch, *, boxes: bool = False, learnable: int = 0, skip: int = 0) -> Predictions:
     """Random predictions as leaves; masks lean to the truth. ``skip`` leaves each scene's first superpoints out."""
-    targets = scene_targets(batch, CLASSES)
+    targets = scene_targets(batch, DECODER)
     queries = [
         torch.cat([torch.full((learnable,), -1), torch.randperm(count - skip) + skip])
         for count in batch.superpoint_counts

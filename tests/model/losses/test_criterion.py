@@ -44,6 +44,8 @@ BASELINE_TERMS = ("semantic", "instance_class", "instance_bce", "instance_dice")
         ("baseline", BASELINE_TERMS),
         ("bifusion", ALL_TERMS),
         ("bifusion-fragile", (*BASELINE_TERMS, "instance_score", "clip_align")),
+        ("oneformer3d", BASELINE_TERMS),
+        ("mask3d", BASELINE_TERMS[1:]),
     ],
 )
 def test_presets_have_their_terms_in_fixed_order(preset: str, terms: tuple[str, ...]) -> None:
@@ -101,7 +103,8 @@ def test_only_a_term_that_is_off_for_now_still_gives_a_total_with_a_graph(
     assert loss.total.item() == 0.0
 
 
-@pytest.mark.parametrize("style", ["unified", "esam"])
+@pytest.mark.parametrize("matcher", ["sparse", "hungarian"])
+@pytest.mark.parametrize("style", ["unified", "esam", "mask3d"])
 @pytest.mark.parametrize(
     ("points", "superpoints", "objects"),
     [([1], [1], [0]), ([1], [1], [1]), ([30, 1], [6, 1], [0, 1]), ([30, 20], [6, 4], [1, 0])],
@@ -111,6 +114,7 @@ def test_degenerate_batches_train(
     batch_of: Callable[..., Batch],
     predict: Callable[..., Predictions],
     style: str,
+    matcher: str,
     points: list[int],
     superpoints: list[int],
     objects: list[int],
@@ -120,8 +124,9 @@ def test_degenerate_batches_train(
     if not labelled:
         batch = replace(batch, semantic=torch.full_like(batch.semantic, -1))
     predictions = predict(batch)
-    parts = {"unified": (1.0, 0.8, 0.2), "esam": (0.5, 1.0, 1.0, 0.5, 0.5)}[style]
-    loss = _criterion(schedule="constant", instance={"style": style, "parts": parts})(predictions, batch)
+    parts = {"unified": (1.0, 0.8, 0.2), "esam": (0.5, 1.0, 1.0, 0.5, 0.5), "mask3d": (2.0, 5.0, 2.0)}[style]
+    instance = {"style": style, "parts": parts, "matcher": matcher}
+    loss = _criterion(schedule="constant", instance=instance)(predictions, batch)
     loss.total.backward()
     assert torch.isfinite(loss.total)
     assert bool(loss.terms["semantic"] == 0) is not labelled
@@ -148,7 +153,5 @@ def test_the_batch_is_left_alone_and_a_rerun_gives_the_same_bits(
 
 
 def test_bad_settings_are_explained() -> None:
-    with pytest.raises(UserError, match="instance_classes is 18"):
-        _criterion(decoder=DECODER.model_copy(update={"instance_classes": 18}))
     with pytest.raises(UserError, match="every term that this model can have has weight 0"):
         _criterion(fused=False, semantic={"weight": 0}, instance={"weight": 0})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bifusion_diag.config.settings import InstanceLossSettings
+from bifusion_diag.config.settings import DecoderSettings, InstanceLossSettings
 from bifusion_diag.data.batch import Batch
 from bifusion_diag.model.losses.instance import INSTANCE_TERMS, instance_terms
 from bifusion_diag.model.losses.matcher import match, queries_inside
@@ -18,10 +20,11 @@ from bifusion_diag.model.outputs import LayerPrediction, Predictions
 
 ESAM = InstanceLossSettings(style="esam", parts=(0.5, 1.0, 1.0, 0.5, 0.5))
 UNIFIED = InstanceLossSettings()
+DECODER = DecoderSettings(semantic_classes=7)
 
 
 def _terms(predictions: Predictions, batch: Batch, settings: InstanceLossSettings) -> dict[str, Tensor]:
-    return instance_terms(predictions.layers, predictions.query_superpoints, scene_targets(batch, 7), settings)
+    return instance_terms(predictions.layers, predictions.query_superpoints, scene_targets(batch, DECODER), settings)
 
 
 def _pairs(layer: LayerPrediction, scene: int, target: SceneTargets, queries: Tensor) -> list[tuple[int, int]]:
@@ -53,7 +56,7 @@ def test_esam_style_against_a_slow_twin(batch_of: Callable[..., Batch], predict:
     good = 0
     for number, layer in enumerate(predictions.layers):
         assert layer.scores is not None
-        for scene, target in enumerate(scene_targets(batch, 7)):
+        for scene, target in enumerate(scene_targets(batch, DECODER)):
             pairs = _pairs(layer, scene, target, predictions.query_superpoints[scene])
             matched = {q for q, _ in pairs}
             logits = layer.classes[scene]
@@ -90,7 +93,7 @@ def test_unified_style_against_a_slow_twin(batch_of: Callable[..., Batch], predi
     expected = dict.fromkeys(INSTANCE_TERMS["unified"], 0.0)
     for layer in predictions.layers:
         assert layer.scores is not None
-        for scene, target in enumerate(scene_targets(batch, 7)):
+        for scene, target in enumerate(scene_targets(batch, DECODER)):
             pairs = _pairs(layer, scene, target, predictions.query_superpoints[scene])
             matched = {q for q, _ in pairs}
             queries = len(layer.classes[scene])
@@ -195,7 +198,7 @@ def test_box_term_is_one_minus_iou_of_the_matched_queries(
 ) -> None:
     batch = batch_of([60, 40], [12, 9], [3, 0])
     predictions = predict(batch, boxes=True)
-    target = scene_targets(batch, 7)[0]
+    target = scene_targets(batch, DECODER)[0]
     queries = predictions.query_superpoints[0]
     expected = 0.0
     for layer in predictions.layers:
@@ -213,3 +216,114 @@ def test_box_term_is_one_minus_iou_of_the_matched_queries(
                 (1 - overlap / union) / len(pairs) / 2
             )  # ESAM divides by the batch size, not by the scenes with objects
     assert _terms(predictions, batch, ESAM)["instance_box"].item() == pytest.approx(expected, rel=1e-4)
+
+
+def _with_classes(predictions: Predictions, classes: int) -> Predictions:
+    """The same predictions with random logits over several object classes."""
+    layers = [
+        layer._replace(classes=[torch.randn(len(c), classes + 1, requires_grad=True) for c in layer.classes])
+        for layer in predictions.layers
+    ]
+    return predictions._replace(layers=layers)
+
+
+@pytest.mark.parametrize("style", ["esam", "unified", "mask3d"])
+@pytest.mark.parametrize("matcher", ["sparse", "hungarian"])
+def test_object_classes_against_a_slow_twin(
+    batch_of: Callable[..., Batch], predict: Callable[..., Predictions], style: str, matcher: str
+) -> None:
+    batch = batch_of([60, 40, 30], [12, 9, 6], [3, 2, 0])
+    decoder = DECODER.model_copy(update={"instance_classes": 5})
+    targets = scene_targets(batch, decoder)
+    assert {label for target in targets for label in target.labels.tolist()} - {0}
+    predictions = _with_classes(predict(batch), 5)
+    parts = {"esam": (1.0,) * 5, "unified": (1.0,) * 3, "mask3d": (1.0,) * 3}[style]
+    settings = InstanceLossSettings.model_validate({"style": style, "matcher": matcher, "parts": parts})
+    expected_class = expected_bce = expected_dice = 0.0
+    for layer in predictions.layers:
+        nll, weight, bce, dice = [], [], [], []
+        for scene, target in enumerate(targets):
+            logits, masks = layer.classes[scene], layer.masks[scene]
+            truth = target.masks(layer.level)
+            allowed = queries_inside(predictions.query_superpoints[scene], target.superpoint_masks)
+            if matcher == "hungarian":
+                allowed = torch.ones_like(allowed)
+            found = match(logits, masks, target.labels, truth, allowed, settings)
+            of_query = dict(zip(found.queries.tolist(), found.objects.tolist(), strict=True))
+            labels = [target.labels[of_query[q]].item() if q in of_query else 5 for q in range(len(logits))]
+            nll.append([-logits[q].log_softmax(0)[label].item() for q, label in enumerate(labels)])
+            weight.append([0.1 if label == 5 else 1.0 for label in labels])
+            if of_query:
+                of_pair = [(masks[q], truth[g].float()) for q, g in of_query.items()]
+                bce.append([F.binary_cross_entropy_with_logits(m, t).item() for m, t in of_pair])
+                dice.append([_dice(m, t).item() for m, t in of_pair])
+        flat_nll, flat_weight = [list(itertools.chain(*rows)) for rows in (nll, weight)]
+        if style == "mask3d":
+            expected_class += sum(n * w for n, w in zip(flat_nll, flat_weight, strict=True)) / sum(flat_weight)
+            expected_bce += sum(sum(rows) / len(rows) for rows in bce)
+            expected_dice += sum(sum(rows) / len(rows) for rows in dice)
+        elif style == "esam":
+            expected_class += sum(
+                sum(n * w for n, w in zip(rows, weights, strict=True)) / sum(weights) / len(nll)
+                for rows, weights in zip(nll, weight, strict=True)
+            )
+        else:
+            for rows, weights in zip(nll, weight, strict=True):
+                focal = [
+                    (0.75 if w == 0.1 else 0.25) * (1 - math.exp(-n)) ** 2 * n
+                    for n, w in zip(rows, weights, strict=True)
+                ]
+                expected_class += sum(focal) / len(focal) / len(nll)
+    terms = instance_terms(predictions.layers, predictions.query_superpoints, targets, settings)
+    assert terms["instance_class"].item() == pytest.approx(expected_class, rel=1e-4)
+    if style == "mask3d":
+        assert list(terms) == list(INSTANCE_TERMS["mask3d"])
+        assert terms["instance_bce"].item() == pytest.approx(expected_bce, rel=1e-4)
+        assert terms["instance_dice"].item() == pytest.approx(expected_dice, rel=1e-4)
+
+
+def test_objectness_does_not_ask_for_the_class(
+    batch_of: Callable[..., Batch], predict: Callable[..., Predictions]
+) -> None:
+    """A matched query is an object, whatever its class is."""
+    batch = batch_of([60], [12], [3])
+    predictions = predict(batch)
+    settings = InstanceLossSettings(match_class=0.0)  # the same pairs for agnostic and other classes
+    agnostic = instance_terms(
+        predictions.layers, predictions.query_superpoints, scene_targets(batch, DECODER), settings
+    )
+    (target,) = scene_targets(batch, DECODER)
+    shifted = [target._replace(labels=torch.tensor([4, 1, 3]))]
+    classes = _with_classes(predictions, 5)
+    others = instance_terms(classes.layers, predictions.query_superpoints, shifted, settings)
+    assert torch.equal(agnostic["instance_score"], others["instance_score"])
+
+
+def test_a_query_with_several_objects_has_the_class_of_the_first(
+    batch_of: Callable[..., Batch], predict: Callable[..., Predictions]
+) -> None:
+    batch = batch_of([60], [12], [3])
+    predictions = _with_classes(predict(batch, learnable=1), 5)
+    (target,) = scene_targets(batch, DECODER)
+    masks, logits = torch.full((1, 12), 5.0), torch.zeros(1, 6)
+    logits[0, 4] = 3.0
+    layer = predictions.layers[0]._replace(classes=[logits], masks=[masks], scores=None)
+    settings = InstanceLossSettings(style="mask3d", parts=(1.0, 1.0, 1.0))
+    targets = [target._replace(labels=torch.tensor([4, 1, 3]))]
+    terms = instance_terms([layer], [torch.tensor([-1])], targets, settings)  # the only query takes all three
+    assert terms["instance_class"].item() == pytest.approx(-logits[0].log_softmax(0)[4].item())
+
+
+@pytest.mark.parametrize("style", ["esam", "unified", "mask3d"])
+def test_masks_that_are_not_finite_are_seen_by_the_hungarian_matcher_too(
+    batch_of: Callable[..., Batch], predict: Callable[..., Predictions], style: str
+) -> None:
+    """They match nothing, and the solver must not refuse them; the loss says so."""
+    batch = batch_of([60], [12], [3])
+    predictions = predict(batch)
+    layer = predictions.layers[0]._replace(masks=[torch.full_like(predictions.layers[0].masks[0], math.nan)])
+    parts = {"esam": (1.0,) * 5, "unified": (1.0,) * 3, "mask3d": (1.0,) * 3}[style]
+    settings = InstanceLossSettings.model_validate({"style": style, "matcher": "hungarian", "parts": parts})
+    terms = instance_terms([layer], predictions.query_superpoints, scene_targets(batch, DECODER), settings)
+    assert torch.isfinite(terms["instance_class"])
+    assert all(terms[name].isnan() for name in ("instance_bce", "instance_dice", "instance_mask") if name in terms)

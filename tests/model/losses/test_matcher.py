@@ -1,16 +1,20 @@
-"""The sparse matcher against a search by hand."""
+"""Both matchers against searches by hand."""
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bifusion_diag.config.settings import InstanceLossSettings
-from bifusion_diag.model.losses.matcher import match, queries_inside
+from bifusion_diag.config.settings import DecoderSettings, InstanceLossSettings
+from bifusion_diag.data.batch import Batch
+from bifusion_diag.model.losses.matcher import allowed_pairs, match, queries_inside
+from bifusion_diag.model.losses.targets import scene_targets
 
 SETTINGS = InstanceLossSettings()
 
@@ -85,3 +89,62 @@ def test_only_queries_inside_an_object_are_allowed_and_learnable_ones_everywhere
         [False, False],
         [True, False],
     ]
+
+
+HUNGARIAN = SETTINGS.model_copy(update={"matcher": "hungarian"})
+
+
+@pytest.mark.parametrize(("queries", "objects"), [(6, 4), (3, 5), (1, 1), (4, 4)])
+@pytest.mark.parametrize("seed", range(3))
+def test_hungarian_against_all_assignments(queries: int, objects: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    classes, masks = torch.randn(queries, 4, dtype=torch.float64), torch.randn(queries, 30, dtype=torch.float64)
+    targets, labels = torch.rand(objects, 30) < 0.3, torch.randint(0, 3, (objects,))
+    everywhere = torch.ones(queries, objects).bool()
+    found = match(classes, masks, labels, targets, everywhere, HUNGARIAN)
+
+    def cost(query: int, target: int) -> float:
+        t, p = targets[target].to(masks.dtype), masks[query].sigmoid()
+        bce = F.binary_cross_entropy_with_logits(masks[query], t).item()
+        dice = 1 - (2 * (p * t).sum().item() + 1) / (p.sum().item() + t.sum().item() + 1)
+        return -0.5 * classes[query].softmax(0)[labels[target]].item() + bce + dice
+
+    pairs = min(queries, objects)
+    every = [
+        list(zip(some_queries, some_objects, strict=True))
+        for some_queries in itertools.combinations(range(queries), pairs)
+        for some_objects in itertools.permutations(range(objects), pairs)
+    ]
+    best = min(every, key=lambda assignment: sum(cost(q, g) for q, g in assignment))
+    assert set(zip(found.queries.tolist(), found.objects.tolist(), strict=True)) == set(best)
+
+
+def test_hungarian_leaves_out_what_is_forbidden_or_not_finite_and_nothing_else() -> None:
+    classes, masks = torch.zeros(4, 2), torch.full((4, 6), -3.0)
+    targets = torch.zeros(3, 6).bool()
+    targets[:, :2] = True
+    masks[0, :2] = 3.0  # the best query, for every object
+    masks[3] = math.nan
+    allowed = torch.ones(4, 3).bool()
+    allowed[:, 2] = False  # nothing may be matched with the third object
+    allowed[1:3, 0] = False  # only the first and the broken query may take the first object
+    found = match(classes, masks, torch.zeros(3, dtype=torch.int64), targets, allowed, HUNGARIAN)
+    pairs = set(zip(found.queries.tolist(), found.objects.tolist(), strict=True))
+    assert (0, 0) in pairs
+    assert {g for _, g in pairs} == {0, 1}
+    assert {q for q, _ in pairs} <= {0, 1, 2}
+    nothing = match(classes, masks, torch.zeros(3, dtype=torch.int64), targets, allowed & False, HUNGARIAN)
+    assert len(nothing.queries) == 0
+
+
+def test_text_queries_take_objects_of_their_class_wherever_they_are(batch_of: Callable[..., Batch]) -> None:
+    (target,) = scene_targets(batch_of([60], [12], [3]), DecoderSettings(semantic_classes=7))
+    target = target._replace(object_semantic=torch.tensor([4, -1, 2]))
+    superpoints, texts = torch.tensor([-1, -1, -1, 5]), torch.tensor([-1, 4, 6, -1])
+    inside = target.superpoint_masks[:, 5].tolist()
+    expected = [[True, True, True], [True, False, False], [False, False, False]]
+    assert allowed_pairs(superpoints, texts, target, "sparse").tolist() == [*expected, inside]
+    assert allowed_pairs(superpoints, texts, target, "hungarian").tolist() == [*expected, [True] * 3]
+    assert inside.count(True) < 3
+    without = allowed_pairs(superpoints, None, target, "sparse")
+    assert torch.equal(without, queries_inside(superpoints, target.superpoint_masks))
