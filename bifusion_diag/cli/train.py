@@ -41,6 +41,10 @@ def train(
     val_data: Annotated[
         str | None, typer.Option(help="Folder of RGB-D frames to evaluate on. Synthetic runs have rooms of their own.")
     ] = None,
+    init_from: Annotated[
+        str | None,
+        typer.Option(help="Weights to begin with: ESAM, OneFormer3D, Mask3D, Res16UNet, or an earlier run's."),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with settings.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="key=value, for example optim.lr=1e-4. May be repeated.")
@@ -60,6 +64,7 @@ def train(
         "model.sparse_engine": sparse_engine,
         "model.clip.weights": clip_weights,
         "model.clip.cache_folder": clip_cache,
+        "model.init_from": init_from,
         "evaluation.every": evaluate_every,
         "evaluation.source": val_data,
     }

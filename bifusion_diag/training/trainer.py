@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,6 +19,7 @@ from bifusion_diag.data import Batch, BatchLoader
 from bifusion_diag.diagnosis import SpikeDetector, measure_record, measures_to_dict
 from bifusion_diag.errors import UserError
 from bifusion_diag.model.build import build_model
+from bifusion_diag.model.checkpoints import load_weights
 from bifusion_diag.model.outputs import LossOutput
 from bifusion_diag.probes import Monitor, make_probes
 from bifusion_diag.record import (
@@ -121,6 +123,7 @@ class Trainer:
         self.evaluator = Evaluator(settings, validation_source(settings)) if settings.evaluation.every else None
         self.loader = BatchLoader(source, settings.data, batch_size=training.batch_size, seed=training.seed)
         self.model = build_model(settings).to(self.device).train()
+        initial = self._initial_weights(checkpoint)
         self.optimizer = build_optimizer(self.model, settings.optim)
         self.stages = StageSwitch(self.model, stages_of(settings), training.steps)
         self.spikes = SpikeDetector()
@@ -137,6 +140,7 @@ class Trainer:
             environment=collect_environment() | torch_environment(self.device),
             provenance={
                 **self.model.provenance(),
+                **({} if initial is None else {"initial_weights": initial}),
                 "labels": source.describe()["labels"],
                 "data": source.describe(),
                 "scenes_per_epoch": self.loader.scenes_per_epoch,
@@ -147,13 +151,29 @@ class Trainer:
             steps_planned=training.steps,
             units=UNITS,
         )
-        self.info = {"settings": header.settings, "probes": probes, "command": list(command)}
+        self.info = {
+            "settings": header.settings,
+            "probes": probes,
+            "command": list(command),
+            "initial_weights": initial,
+        }
         tensorboard = TensorBoardSink(out.with_name(f"{out.stem}.tensorboard"))
         resume_at = None if checkpoint is None else checkpoint.step
         self.writer = RunWriter(out, header, resume_at=resume_at, tensorboard=tensorboard)
         if checkpoint is None:
             shutil.rmtree(checkpoint_folder(out), ignore_errors=True)  # of an earlier run of this name
         self.monitor = Monitor(self.model, instruments, self.writer)
+
+    def _initial_weights(self, checkpoint: Checkpoint | None) -> dict[str, Any] | None:
+        """Load `model.init_from` and say what that was. A resumed run has its own weights, and only remembers."""
+        if checkpoint is not None:
+            remembered: dict[str, Any] | None = checkpoint.info.get("initial_weights")
+            return remembered
+        if self.settings.model.init_from is None:
+            return None
+        report = load_weights(self.model, Path(self.settings.model.init_from))
+        self.console.print(f"initial weights: {report.summary()}", markup=False, highlight=False, soft_wrap=True)
+        return report.provenance()
 
     def run(self) -> Run:
         """Train until the last step or a signal, and close the record either way."""

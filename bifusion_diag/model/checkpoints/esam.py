@@ -6,31 +6,31 @@ memory, merging head and image branch, OneFormer3D's spconv U-Net) has no counte
 
 from __future__ import annotations
 
-from bifusion_diag.model.checkpoints.layout import Layout
+from bifusion_diag.model.checkpoints.layout import Layout, Rule
 
-_BACKBONE = ((r"backbone\.", "encoder.backbone."),)
+_BACKBONE = (Rule(r"backbone\.", "encoder.backbone."),)
 
 _DECODER = (
-    (r"decoder\.input_proj\.", "decoder.key_projection."),
-    (r"decoder\.query\.", "decoder.learnable."),
-    (r"decoder\.query_proj\.", "decoder.query_projection."),
-    (r"decoder\.x_mask\.", "decoder.superpoint_mask."),
-    (r"decoder\.x_pts_mask\.", "decoder.point_mask."),
-    (r"decoder\.cross_attn_layers\.(\d+)\.attn\.", r"decoder.layers.\1.cross_attention.attention."),
-    (r"decoder\.cross_attn_layers\.(\d+)\.norm\.", r"decoder.layers.\1.cross_attention.norm."),
-    (r"decoder\.self_attn_layers\.(\d+)\.attn\.", r"decoder.layers.\1.self_attention.attention."),
-    (r"decoder\.self_attn_layers\.(\d+)\.norm\.", r"decoder.layers.\1.self_attention.norm."),
-    (r"decoder\.ffn_layers\.(\d+)\.", r"decoder.layers.\1.feed_forward."),
-    (r"decoder\.out_norm\.", "decoder.query_norm."),
-    (r"decoder\.out_cls\.", "decoder.heads.classes."),
-    (r"decoder\.out_score\.", "decoder.heads.score."),
-    (r"decoder\.out_reg\.", "decoder.heads.box."),
-    (r"decoder\.out_sem\.", "decoder.semantic_head."),
+    Rule(r"decoder\.input_proj\.", "decoder.key_projection."),
+    Rule(r"decoder\.query\.", "decoder.learnable."),
+    Rule(r"decoder\.query_proj\.", "decoder.query_projection."),
+    Rule(r"decoder\.x_mask\.", "decoder.superpoint_mask."),
+    Rule(r"decoder\.x_pts_mask\.", "decoder.point_mask."),
+    Rule(r"decoder\.cross_attn_layers\.(\d+)\.attn\.", r"decoder.layers.\1.cross_attention.attention."),
+    Rule(r"decoder\.cross_attn_layers\.(\d+)\.norm\.", r"decoder.layers.\1.cross_attention.norm."),
+    Rule(r"decoder\.self_attn_layers\.(\d+)\.attn\.", r"decoder.layers.\1.self_attention.attention."),
+    Rule(r"decoder\.self_attn_layers\.(\d+)\.norm\.", r"decoder.layers.\1.self_attention.norm."),
+    Rule(r"decoder\.ffn_layers\.(\d+)\.", r"decoder.layers.\1.feed_forward."),
+    Rule(r"decoder\.out_norm\.", "decoder.query_norm."),
+    Rule(r"decoder\.out_cls\.", "decoder.heads.classes."),
+    Rule(r"decoder\.out_score\.", "decoder.heads.score."),
+    Rule(r"decoder\.out_reg\.", "decoder.heads.box."),
+    Rule(r"decoder\.out_sem\.", "decoder.semantic_head."),
 )
 
 _POOL = (
-    (r"pool\.pts_proj1\.", "pool.position."),
-    (r"pool\.pts_proj2\.", "pool.weight."),
+    Rule(r"pool\.pts_proj1\.", "pool.position."),
+    Rule(r"pool\.pts_proj2\.", "pool.weight."),
 )
 
 ESAM = Layout(

@@ -19,6 +19,9 @@ from bifusion_diag.model.weight_files import file_digest, listed, read_tensors
 
 SETTING = "model.init_from"
 
+#: Buffers whose values follow from the settings, as frozen weights' do.
+FROM_SETTINGS = ("decoder.text_features",)
+
 #: The first that fits is taken.
 LAYOUTS = (RUN, STATE_DICT, MASK3D, ESAM, ONEFORMER3D)
 
@@ -27,7 +30,8 @@ def load_weights(model: nn.Module, path: Path) -> LoadReport:
     """Load what fits of a checkpoint into a model; no random number is drawn.
 
     Parameters that require no gradient are left alone: they are frozen for good, their values follow from the settings
-    alone, and a resumed run, which may no longer have the file, must find them again.
+    alone, and a resumed run, which may no longer have the file, must find them again. Class heads are taken to be
+    ScanNet200's where they have its size.
 
     Args:
         model: as :func:`~bifusion_diag.model.build.build_model` makes it, before anything is frozen for a while.
@@ -37,7 +41,7 @@ def load_weights(model: nn.Module, path: Path) -> LoadReport:
         What was loaded, and what was not.
 
     Raises:
-        UserError: the file cannot be read, no layout is known for its names, or nothing in it fits.
+        UserError: the file cannot be read, no layout is known for its names, or no parameter in it fits.
     """
     stored = read_tensors(path, SETTING)
     layout = _recognise(stored)
@@ -48,23 +52,25 @@ def load_weights(model: nn.Module, path: Path) -> LoadReport:
         )
     own = model.state_dict()
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    frozen |= {name for name in own if name in FROM_SETTINGS}
     found: dict[str, Tensor] = {}
     unexpected = []
     for theirs, value in stored.items():
         if theirs.startswith(layout.aside):
             continue
-        name = layout.translate(theirs)
-        if name in own and name not in found:
-            found[name] = value
-        else:
+        ours = layout.translate(theirs, value)
+        if ours is None or ours[0] not in own or ours[0] in found:
             unexpected.append(theirs)
+        else:
+            found[ours[0]] = ours[1]
     fitting = {name: value for name, value in found.items() if name not in frozen and value.shape == own[name].shape}
     mis_shaped = [
         MisShaped(name, tuple(value.shape), tuple(own[name].shape))
         for name, value in found.items()
         if name not in frozen and name not in fitting
     ]
-    if not fitting:
+    parameters = {name for name, _ in model.named_parameters()}
+    if parameters.isdisjoint(fitting):
         wrong = f"; of another shape: {listed([str(each) for each in mis_shaped], 3)}" if mis_shaped else ""
         raise UserError(
             f"{SETTING}: nothing of {path} ({layout.name}) fits this model{wrong}. Its sizes are set by the preset and "
@@ -76,7 +82,6 @@ def load_weights(model: nn.Module, path: Path) -> LoadReport:
     with torch.no_grad():
         for name, value in fitting.items():
             own[name].copy_(value)
-    parameters = {name for name, _ in model.named_parameters()}
     return LoadReport(
         file=path.name,
         digest=file_digest(path),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from bifusion_diag.model.checkpoints.layout import Layout
+from bifusion_diag.model.checkpoints.layout import Layout, Rule
 
 _FIRST = "conv0p1s1.kernel"
 
@@ -20,6 +20,6 @@ def res16unet_layout(names: Collection[str]) -> Layout | None:
         if name.endswith(_FIRST):
             prefix = name.removesuffix(_FIRST)
             start = re.escape(prefix)
-            rules = ((start, "encoder.backbone."),)
+            rules = (Rule(start, "encoder.backbone."),)
             return Layout("Res16UNet", (start,), rules, covers=("encoder.backbone.",))
     return None
