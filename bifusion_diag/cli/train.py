@@ -82,6 +82,8 @@ def train(
         from bifusion_diag.training import start_training
 
         settings = load_settings(model, scale=scale, config=config, overrides=set_ or (), values=given)
+        if val_data is not None and not settings.evaluation.every:
+            raise UserError("--val-data is evaluated only with --evaluate-every N: say how many steps apart")
         run = start_training(settings, out, probes=probe or [], command=sys.argv[1:], console=console)
     typer.echo(f"{run.status}: {len(run.steps)} steps recorded in {out}")
     if run.status == "interrupted":

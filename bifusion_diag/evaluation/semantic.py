@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 
 class SemanticIoU:
@@ -31,6 +30,8 @@ class SemanticIoU:
             answer: (N,) int64 in 0..K-1, -1 = background.
             truth: (N,) int64 in 0..K-1, -1 = unlabelled.
         """
+        from torchmetrics.functional.classification import multiclass_confusion_matrix  # takes seconds
+
         answer = torch.where(answer < 0, self.classes, answer).cpu()
         counts = multiclass_confusion_matrix(answer, truth.cpu(), self.classes + 1, ignore_index=-1)
         self._counts += counts

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,11 +50,9 @@ def validation_source(settings: Settings) -> SceneSource:
     """
     options, data = settings.evaluation, settings.data
     if options.source == "synthetic" or (options.source is None and data.source == "synthetic"):
-        rooms = data.model_copy(
-            update={"source": "synthetic", "scenes": options.scenes, "flaws": FlawSettings()},
-        )
+        rooms = data.model_copy(update={"source": "synthetic", "scenes": options.scenes, "flaws": FlawSettings()})
         return open_source(rooms, seed=ROOM_SEED)
-    if options.source is not None and options.source != data.source:
+    if options.source is not None and not _same(options.source, data.source):
         source = open_source(data.model_copy(update={"source": options.source}), seed=settings.training.seed)
         return _spread(source, range(len(source)), options.scenes)
     if not options.holdout:
@@ -113,15 +112,19 @@ class Evaluator:
                 numbers = self._metrics(model, device, stop)
         finally:
             restore_random_state(random)
+        if numbers is None:
+            return {}
         measured = {f"eval/{name}": value for name, value in numbers.items() if value is not None}
-        return measured and measured | {"eval/seconds": time.perf_counter() - began}
+        return measured | {"eval/seconds": time.perf_counter() - began}
 
-    def _metrics(self, model: Segmenter, device: torch.device, stop: Callable[[], bool]) -> dict[str, float | None]:
+    def _metrics(
+        self, model: Segmenter, device: torch.device, stop: Callable[[], bool]
+    ) -> dict[str, float | None] | None:
         semantics, alignment, uniformity = SemanticIoU(self.semantic_classes), AlignmentMean(), UniformityMean()
         instances: list[InstanceScene] = []
         for index in range(len(self.source)):
             if stop():
-                return {}
+                return None
             batch = self._batch(index)
             if batch is None:
                 continue
@@ -155,6 +158,11 @@ class Evaluator:
             return None
         scene = crop_scene(scene, self._crop, np.random.default_rng([_POINTS_STREAM, index]))
         return collate([scene], [scene.points[:, :3]])
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two sources are the same folder."""
+    return "synthetic" not in (one, other) and Path(one).resolve() == Path(other).resolve()
 
 
 def _held_out(settings: Settings, scenes: int) -> int:
