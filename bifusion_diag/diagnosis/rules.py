@@ -16,6 +16,15 @@ from bifusion_diag.diagnosis.spikes import FACTOR, WINDOW
 
 LOSS_FACTOR = 1.5  # a loss above so many times its median of the steps before has risen
 
+SANITIZE = "model.projection.sanitize"
+#: Its ways other than 'strict', and what each makes of non-finite camera coordinates.
+LETS_THROUGH = {
+    "replace": " This run replaces such coordinates by the untransformed points: finite, and wrong.",
+    "clamp": " This run clamps such coordinates, which bounds infinity and keeps NaN: a NaN pixel makes every feature "
+    "of its scene NaN.",
+    "none": " This run goes on with such coordinates: they give NaN pixels, which make every feature of the scene NaN.",
+}
+
 
 def nonfinite_loss(context: Context) -> list[Finding] | NotMeasured:
     """A loss term is NaN or infinite: one finding a term."""
@@ -29,6 +38,8 @@ def nonfinite_loss(context: Context) -> list[Finding] | NotMeasured:
         remedy = None
         if context.settings.get("losses.instance.empty_match") == "nan" and term.startswith("inst"):
             remedy = {"losses.instance.empty_match": "zero"}
+        elif context.settings.get(SANITIZE) in LETS_THROUGH and _mostly_badly_projected(context, steps):
+            remedy = {SANITIZE: "strict"}
         known = [finite for origin in steps if (finite := _is_finite(context, NORM, origin.step)) is not None]
         finite_norm = sum(known)
         if finite_norm:
@@ -75,8 +86,8 @@ def nonfinite_gradient(context: Context) -> list[Finding] | NotMeasured:
         steps = [origin for origin in started if origin.module == module]
         place = f"in {module}" if module else "in a place that the record does not show (probe grads tells)"
         remedy = None
-        if context.settings.get("model.projection.sanitize") == "replace" and _mostly_badly_projected(context, steps):
-            remedy = {"model.projection.sanitize": "strict"}
+        if context.settings.get(SANITIZE) in LETS_THROUGH and _mostly_badly_projected(context, steps):
+            remedy = {SANITIZE: "strict"}
         findings.append(
             Finding(
                 "nonfinite-gradient",
@@ -217,10 +228,9 @@ def projection_nonfinite(context: Context) -> list[Finding] | NotMeasured:
         return []
     exact = all(one.exact for one in series if one is not None)  # else these are buckets of several steps
     count: Reading = Quantity(bad.size, "steps") if exact else NotMeasured("the record is reduced")
-    replaced = context.settings.get("model.projection.sanitize") == "replace"
+    way = str(context.settings.get(SANITIZE))
     mechanism = "A pose or a point of these scenes is non-finite (ScanNet marks lost tracking with a pose of −inf)."
-    if replaced:
-        mechanism += " This run replaces such coordinates by the untransformed points: finite, and wrong."
+    mechanism += LETS_THROUGH.get(way, "")
     return [
         Finding(
             "projection-nonfinite",
@@ -234,7 +244,7 @@ def projection_nonfinite(context: Context) -> list[Finding] | NotMeasured:
             mechanism,
             (int(bad[0]), int(bad[-1])),
             int(bad.size) if exact else None,
-            remedy={"model.projection.sanitize": "strict"} if replaced else None,
+            remedy={SANITIZE: "strict"} if way in LETS_THROUGH else None,
         )
     ]
 

@@ -197,6 +197,22 @@ def test_rules_fire(make_run: RunMaker, series: dict[str, list[float]], rule: st
     assert [finding.rule for finding in assess_run(make_run(series)).findings] == [rule]
 
 
+@pytest.mark.parametrize("way", ["replace", "clamp", "none", "strict"])
+def test_bad_coordinates_that_are_let_through_are_traced_to_their_setting(make_run: RunMaker, way: str) -> None:
+    at = np.isin(np.arange(100), [7, 9])
+    broken = {**healthy(), "projection/nan": np.where(at, 5.0, 0.0), "projection/inf": np.zeros(100)}
+    for name in ("loss/instance/raw", "train/grad_norm"):
+        broken[name] = np.where(at, np.nan, 1.0)
+    settings = {"model": {"projection": {"sanitize": way}}}
+    found = {finding.rule: finding for finding in assess_run(make_run(broken, settings=settings)).findings}
+    remedy = None if way == "strict" else {"model.projection.sanitize": "strict"}
+    assert found["nonfinite-loss"].remedy == found["projection-nonfinite"].remedy == remedy
+
+    elsewhere = {**broken, "projection/nan": np.roll(broken["projection/nan"], 50)}
+    found = {finding.rule: finding for finding in assess_run(make_run(elsewhere, settings=settings)).findings}
+    assert found["nonfinite-loss"].remedy is None
+
+
 def test_everything_is_strict_json(make_run: RunMaker) -> None:
     series = healthy()
     series["train/grad_norm"][50:] = np.inf
