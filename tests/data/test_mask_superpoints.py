@@ -105,6 +105,15 @@ def test_a_mask_is_cut_at_a_gap_and_a_sliver_joins_the_surface_that_it_lies_on()
     assert same_partition(label, near)
 
 
+def test_a_small_piece_joins_the_one_that_it_touches_most():
+    xyz = plane()
+    left = xyz[:, 0] < 0.6
+    small = (np.abs(xyz[:, :2] - [0.58, 0.3]) < [0.02, 0.05]).all(1)  # in the left part, but for one side
+    label = relabel(np.zeros(len(xyz), np.int64), xyz, np.where(small, 5, np.where(left, 1, 2)), seed_size=0.5)
+    assert 0 < small.sum() < 60
+    assert same_partition(label, left)
+
+
 def test_points_without_a_mask_keep_their_superpoint():
     xyz = plane()
     superpoint = vccs(xyz, np.zeros_like(xyz), voxel_size=VOXEL, seed_size=SEED)

@@ -133,3 +133,83 @@ def test_bad_input_says_what_to_do() -> None:
         vccs(np.zeros((2, 3)), np.zeros((2, 3)), xyz, voxel_size=VOXEL, seed_size=SEED)
     with pytest.raises(UserError, match=r"voxel size \(0.5 m\) must be positive and at most the seed size \(0.1 m\)"):
         vccs(np.zeros((2, 3)), np.zeros((2, 3)), voxel_size=0.5, seed_size=0.1)
+
+
+def _clouds(seed: int) -> dict[str, np.ndarray]:
+    """Random clouds of many kinds, (N, 3) [m], small enough for brute force."""
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(200, 900))
+    flat = rng.uniform(0, 2, (n, 2))
+    side = rng.integers(0, 2, n)
+    angle = rng.uniform(0, 12 * np.pi, 2 * n)
+    return {
+        "volume": rng.uniform(0, 0.8, (n, 3)),
+        "isolated points": rng.uniform(0, 30, (n, 3)),
+        "sparse": rng.uniform(0, 2, (n, 3)),
+        "random walk": np.cumsum(rng.normal(0, 0.03, (n, 3)), axis=0),
+        "two sheets with a gap": np.c_[flat, 2.2 * VOXEL * side + rng.normal(0, 0.002, n)],
+        "both sides of a thin wall": np.c_[flat, 0.8 * VOXEL * side],
+        "spiral": np.c_[0.03 * angle * np.cos(angle), 0.03 * angle * np.sin(angle), rng.uniform(0, 0.2, 2 * n)],
+        "duplicates": np.repeat(rng.uniform(0, 1, (n // 10, 3)), 10, axis=0),
+        "far from the origin": rng.uniform(0, 1, (n, 3)) + 1e6,
+        "far outliers": np.concatenate([rng.uniform(0, 1, (n, 3)), rng.normal(0, 1e7, (5, 3))]),
+        "on the borders of voxels": rng.integers(-9, 9, (n, 3)) * VOXEL,
+        "a single point": rng.normal(0, 100, (1, 3)),
+        "two points": np.array([[0.0, 0, 0], [rng.uniform(0, 0.2), 0, 0]]),
+    }
+
+
+@pytest.mark.parametrize("kind", _clouds(0))
+def test_guarantees_hold_for_random_clouds(kind: str) -> None:
+    """Every point has a superpoint, every superpoint is connected, none reaches beyond √3 R to each side."""
+    for seed in range(4):
+        xyz = _clouds(seed)[kind]
+        rng = np.random.default_rng(seed)
+        rgb = rng.uniform(0, 255, (len(xyz), 3)) if seed % 2 else np.full((len(xyz), 3), 90.0)
+        voxel, touching = _touching(xyz)
+        count = connected_components(touching)[0]
+        for seed_size in (VOXEL, 0.2, 0.6):
+            label = vccs(xyz, rgb, voxel_size=VOXEL, seed_size=seed_size)
+            assert label.shape == (len(xyz),)
+            assert np.array_equal(np.unique(label), np.arange(label.max() + 1))
+            of_voxel = np.full(voxel.max() + 1, -1)
+            of_voxel[voxel] = label
+            assert np.array_equal(of_voxel[voxel], label)  # a voxel has one superpoint
+            same = touching & (of_voxel[:, None] == of_voxel[None])
+            assert connected_components(same)[0] == label.max() + 1  # as many connected pieces as superpoints
+            assert label.max() + 1 >= count  # no bridge between the parts of the cloud
+            extents = [np.ptp(xyz[label == s], axis=0).max() for s in range(label.max() + 1)]
+            assert max(extents) <= 2 * np.sqrt(3) * seed_size + 2 * VOXEL
+            if seed_size == VOXEL:
+                assert label.max() + 1 == len(of_voxel)  # as fine as the voxels
+
+
+def test_the_number_of_superpoints_follows_the_seed_size() -> None:
+    """On a plane of one colour every seed cell gives one superpoint, about R across."""
+    x, y = (grid.ravel() for grid in np.meshgrid(np.arange(0.005, 2.4, 0.02), np.arange(0.005, 2.4, 0.02)))
+    plane = np.stack([x, y, np.full_like(x, 0.01)], axis=1)
+    for seed_size in (0.2, 0.3, 0.6):
+        label = vccs(plane, np.zeros_like(plane), voxel_size=VOXEL, seed_size=seed_size)
+        cells = (2.4 / seed_size) ** 2
+        assert 0.8 * cells <= label.max() + 1 <= 1.3 * cells
+        # a point's superpoint is about that of the nearest seed: it stays within R of the middle
+        middle = np.stack([plane[label == s].mean(axis=0) for s in range(label.max() + 1)])
+        away = np.linalg.norm(plane - middle[label], axis=1)
+        assert away.max() < seed_size
+
+
+def test_a_superpoint_keeps_to_its_seed_even_where_nothing_else_looks_like_it() -> None:
+    """A black diagonal on a white floor, in which a single seed lies: black ends √3 R from that superpoint's centre."""
+    x, y = (grid.ravel() for grid in np.meshgrid(np.arange(0.005, 3, 0.02), np.arange(0.005, 3, 0.02)))
+    floor = np.stack([x, y, np.full_like(x, 0.01)], axis=1)
+    row, column = np.floor(y / VOXEL), np.floor(x / VOXEL)
+    middle = np.isin(column, [24, 25]) & (row >= 24) & (row <= 28)  # of the seed cell [1, 1.5)², and on to the line
+    black = (row == column + 4) | middle  # the line passes by the middles of all cells
+    rgb = np.where(black[:, None], 0.0, 255.0) * np.ones(3)
+    seed_size = 0.5
+    label = vccs(floor, rgb, voxel_size=VOXEL, seed_size=seed_size)
+    seeded = label == label[middle][0]
+    assert not seeded[~black].any()
+    ends = floor[seeded]
+    length = np.linalg.norm(ends.max(axis=0) - ends.min(axis=0))
+    assert 2 * seed_size < length < 2 * np.sqrt(3) * seed_size + 2 * VOXEL
