@@ -94,6 +94,8 @@ def test_params_are_counted_beside_the_documents_claims(
     total = next(line for line in text.splitlines() if line.startswith("total"))
     assert (code, total.split()[:3]) == (0, ["total", "41,459,787", "41,459,787"])
     assert "about 41 M (001)" in total
+    code, text = command(monkeypatch, capsys, "params", "--model", "mask3d")
+    assert (code, "39,638,121" in text, "41 M" in text) == (0, True, False)
     code, text = command(monkeypatch, capsys, "params", "--model", "bifusion", "--set", "scale=small")
     assert (code, "89 M" in text, "(small)" in text) == (0, False, True)
 

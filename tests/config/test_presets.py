@@ -60,6 +60,33 @@ def test_bifusion_fragile_has_the_numbers_of_the_failing_state() -> None:
     assert settings.model.decoder.score_head, "its instance weights have a score"
 
 
+def test_oneformer3d_has_the_numbers_of_its_scannet200_configuration() -> None:
+    settings, baseline = load_settings("oneformer3d"), load_settings("baseline")
+    decoder, losses = settings.model.decoder, settings.losses
+    assert (decoder.layers, decoder.width, decoder.heads, decoder.hidden, decoder.dropout) == (6, 256, 8, 1024, 0.0)
+    assert (decoder.instance_classes, decoder.semantic_classes, decoder.first_object_class) == (198, 200, 2)
+    assert (decoder.masks, decoder.score_head, decoder.query_share) == ("superpoint", False, 0.5)
+    assert settings.model.pooling == "mean"
+    assert (losses.semantic.weight, losses.instance.parts) == (0.5, (0.5, 1.0, 1.0, 0.5, 0.0))
+    assert (losses.instance.matcher, losses.instance.match_topk) == ("sparse", 1)
+    assert (losses.instance.match_class, losses.instance.match_bce, losses.instance.match_dice) == (0.5, 1.0, 1.0)
+    assert losses.instance.no_object_weight == 0.1
+    assert (settings.optim, settings.model.backbone) == (baseline.optim, baseline.model.backbone)
+
+
+def test_mask3d_has_the_numbers_of_its_configuration() -> None:
+    settings = load_settings("mask3d")
+    decoder, losses = settings.model.decoder, settings.losses
+    assert (decoder.kind, decoder.layers, decoder.width, decoder.heads, decoder.hidden) == ("mask3d", 3, 128, 8, 1024)
+    assert (decoder.mask3d.queries, decoder.mask3d.keys) == (100, (200, 800, 3200, 12800))
+    assert (decoder.mask3d.gauss_scale, decoder.instance_classes, decoder.first_object_class) == (1.0, 200, 0)
+    instance = losses.instance
+    assert (instance.style, instance.parts, instance.matcher) == ("mask3d", (2.0, 5.0, 2.0), "hungarian")
+    assert (instance.match_class, instance.match_bce, instance.match_dice) == instance.parts
+    assert (instance.no_object_weight, losses.semantic.weight) == (0.1, 0.0)
+    assert settings.model.backbone == load_settings("baseline").model.backbone
+
+
 def test_small_keeps_the_architecture_and_divides_the_widths() -> None:
     full, small = load_settings("bifusion"), load_settings("bifusion", scale="small")
     assert small.model.backbone.layers == full.model.backbone.layers
@@ -105,6 +132,18 @@ def test_a_stored_dump_gives_the_same_settings_back(tmp_path: Path) -> None:
             r"training.seed: Input should be less than 9223",
         ),
         ({"overrides": ["model.decoder.heads=7"]}, r"decoder.width 256 is not a multiple of decoder.heads 7"),
+        (
+            {"overrides": ["model.decoder.instance_classes=18"]},
+            r"instance_classes 18 must be 1 \(class-agnostic\), 200 \(every semantic class\) or 198",
+        ),
+        ({"overrides": ["model.decoder.kind=mask3d"]}, r"'mask3d' has masks over superpoints"),
+        (
+            {"preset": "mask3d", "overrides": ["model.decoder.text_queries=true", "model.decoder.score_head=true"]},
+            r"decoder.kind 'mask3d' has no text_queries and no score_head: switch it off",
+        ),
+        ({"preset": "mask3d", "overrides": ["model.fusion=lite"]}, r"mask3d.* set model.fusion=none"),
+        ({"preset": "mask3d", "overrides": ["model.decoder.mask3d.keys=[]"]}, r"mask3d.keys"),
+        ({"overrides": ["losses.instance.style=mask3d", "losses.instance.parts=[1, 1]"]}, r"'mask3d' takes 3"),
         ({"overrides": ["optim.clip_grad=.inf"]}, r"optim.clip_grad: Input should be a finite number"),
     ],
 )

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from bifusion_diag.config.presets import load_settings
 from bifusion_diag.data.batch import Batch
+from bifusion_diag.data.scannet200 import class_id
+from bifusion_diag.errors import UserError
 from bifusion_diag.model.build import build_model
 
 PRESETS = ["baseline", "baseline-5cm", "bifusion", "bifusion-fragile"]
@@ -65,6 +67,70 @@ def test_baseline_has_esams_size_to_the_parameter() -> None:
         "decoder": (3_576_779, 3_576_779),
         "total": (41_459_787, 41_459_787),
     }
+
+
+def test_the_other_baselines_have_the_sizes_of_their_configurations() -> None:
+    """The decoders are counted from their configurations in test_decoder and test_mask3d."""
+    with torch.device("meta"):
+        oneformer3d = build_model(load_settings("oneformer3d")).part_sizes()
+        mask3d = build_model(load_settings("mask3d")).part_sizes()
+    assert oneformer3d == {
+        "encoder.backbone": (37_854_112, 37_854_112),
+        "decoder": (6_696_336, 6_696_336),
+        "total": (44_550_448, 44_550_448),
+    }
+    assert mask3d == {
+        "encoder.backbone": (37_854_112, 37_854_112),
+        "decoder": (1_784_009, 1_784_009),
+        "total": (39_638_121, 39_638_121),
+    }
+
+
+TEXT = ("model.decoder.text_queries=true", "model.decoder.semantic_classes=5")
+
+
+def test_text_queries_train_and_predict(batch_of_two: Callable[..., Batch]) -> None:
+    model = build_model(load_settings("baseline-5cm", scale="small", overrides=TEXT))
+    batch = batch_of_two()
+    out = model(batch)
+    classes = out.predictions.query_classes
+    assert classes is not None
+    assert [c[:5].tolist() for c in classes] == [[0, 1, 2, 3, 4]] * 2
+    out.loss.total.backward()
+    assert model.decoder.text_projection.weight.grad.abs().sum() > 0
+    assert set(model.provenance()) == {"sparse_engine", "text_features"}
+    for prediction in model.predict(batch):
+        assert prediction.semantic.shape == (192,)
+        assert prediction.masks.shape[1] == 192
+
+
+def test_the_semantic_loss_alone_teaches_the_text_projection(batch_of_two: Callable[..., Batch]) -> None:
+    model = build_model(load_settings("baseline-5cm", scale="small", overrides=TEXT))
+    out = model(batch_of_two())
+    out.loss.terms["semantic"].backward()
+    assert model.decoder.text_projection.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("preset", ["oneformer3d", "mask3d"])
+def test_object_classes_reach_the_loss(preset: str, batch_of_two: Callable[..., Batch]) -> None:
+    """Every object is a table: of all objects' classes, that of tables alone is asked for."""
+    table, first = class_id("table"), {"oneformer3d": 2, "mask3d": 0}[preset]
+    batch = batch_of_two()
+    batch = replace(batch, semantic=torch.full_like(batch.semantic, table))
+    model = build_model(load_settings(preset, scale="small"))
+    loss = model(batch).loss
+    assert loss.terms["instance_bce"] > 0
+    loss.terms["instance_class"].backward()
+    head = model.decoder.classes if preset == "mask3d" else model.decoder.heads.classes[-1]
+    asked_for = (head.bias.grad[:-1] < 0).nonzero()[:, 0] + first
+    assert asked_for.tolist() == [table]
+    assert model.criterion.decoder.first_object_class == first
+
+
+def test_classes_without_a_name_cannot_be_asked_for() -> None:
+    settings = load_settings("baseline", scale="small", overrides=[TEXT[0], "model.decoder.semantic_classes=201"])
+    with pytest.raises(UserError, match=r"200 have one \(ScanNet200\), but model\.decoder\.semantic_classes is 201"):
+        build_model(settings)
 
 
 def test_bifusion_parts_add_up_and_clip_is_not_trainable() -> None:
