@@ -14,5 +14,6 @@ Nothing is imported here: who needs only the sparse engine or the outputs does n
 ``decoder``            superpoint queries → instances, with ``attention``
 ``segments``           sums and means over the points of a superpoint
 ``losses``             one file a loss term
+``checkpoints``        weights of other projects and of earlier runs, read by ``weight_files``
 =====================  ================================================================================
 """

@@ -76,7 +76,7 @@ def load_weights(model: nn.Module, path: Path) -> LoadReport:
             f"{SETTING}: nothing of {path} ({layout.name}) fits this model{wrong}. Its sizes are set by the preset and "
             "--scale."
         )
-    refused = [name for name, value in found.items() if name in frozen and not torch.equal(value, own[name].cpu())]
+    refused = [name for name, value in found.items() if name in frozen and not _equal(value, own[name])]
     absent = [name for name in own if name not in found and name not in frozen]
     covered = _covered(layout, found)
     with torch.no_grad():
@@ -100,6 +100,11 @@ def load_weights(model: nn.Module, path: Path) -> LoadReport:
 
 def _recognise(names: Collection[str]) -> Layout | None:
     return next((layout for layout in LAYOUTS if layout.fits(names)), None) or res16unet_layout(names)
+
+
+def _equal(stored: Tensor, own: Tensor) -> bool:
+    """Whether a value is ours, in our precision."""
+    return torch.equal(stored.to(own.dtype), own.cpu())
 
 
 def _covered(layout: Layout, found: Collection[str]) -> tuple[str, ...]:

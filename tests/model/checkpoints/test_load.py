@@ -385,7 +385,7 @@ def test_weights_that_are_frozen_for_good_are_never_taken_from_a_file() -> None:
     same = "encoder.clip.visual.ln_pre.bias"
     source.get_parameter(same).data = model.get_parameter(same).data.clone()
     before = {name: value.clone() for name, value in model.encoder.clip.state_dict().items()}
-    torch.save(source.state_dict(), "whole.pt")
+    torch.save({name: value.double() for name, value in source.state_dict().items()}, "whole.pt")
     report = load_weights(model, Path("whole.pt"))
     assert all(torch.equal(model.encoder.clip.state_dict()[name], value) for name, value in before.items())
     assert report.layout == "bifusion-diag state dict"
