@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from bifusion_diag.model.weight_files import listed
+
 #: How many names of each kind go into the record.
 RECORDED_NAMES = 5
 
@@ -55,9 +57,12 @@ class LoadReport:
         }
 
     def summary(self) -> str:
-        """One line: counts, and what is out of order."""
-        counts = [f"{len(names)} {kind}" for kind, names in self.kinds().items() if names]
-        return f"{self.file} ({self.layout}): {self.parameters:,} parameters; tensors: " + ", ".join(counts)
+        """Counts, and a line with names for each kind that the user may not expect."""
+        kinds = self.kinds()
+        counts = [f"{len(names)} {kind}" for kind, names in kinds.items() if names]
+        first = f"{self.file} ({self.layout}): {self.parameters:,} parameters; tensors: " + ", ".join(counts)
+        alarming = ("not finite", "mis-shaped", "missing")
+        return "\n".join([first, *(f"  {kind}: {listed(kinds[kind], 3)}" for kind in alarming if kinds[kind])])
 
     def provenance(self) -> dict[str, Any]:
         """For the run record: what file this was, counts, and the first names of what was not loaded."""

@@ -406,6 +406,7 @@ def test_half_precision_is_widened_and_values_that_are_not_finite_are_named(chec
     assert model.pool.position[0].weight.dtype == torch.float32
     assert torch.equal(model.pool.position[0].weight, raw["pool.pts_proj1.0.weight"].float())
     assert "1 not finite" in report.summary()
+    assert report.summary().endswith("\n  not finite: encoder.backbone.bn0.bn.running_mean")
 
 
 def test_report_for_the_record(checkpoint: Checkpoint) -> None:
