@@ -40,6 +40,12 @@ def params(
     given = {} if init_from is None else {"model.init_from": str(init_from)}
     settings = load_settings(model, config=config, overrides=set_ or (), values=given)
     kind = "baseline" if settings.model.fusion == "none" else "bifusion"
+    documented = (
+        settings.scale == "full"
+        and settings.model.decoder.masks == "mixed"
+        and settings.model.fusion in ("none", "lite")
+        and settings.model.common_width == 256
+    )
     table = Table(box=None, pad_edge=False, title=f"{settings.preset} ({settings.scale})", title_justify="left")
     table.add_column("part", style="bold")
     table.add_column("parameters", justify="right")
@@ -48,7 +54,6 @@ def params(
     built = build_model(settings)
     report = None if settings.model.init_from is None else load_weights(built, Path(settings.model.init_from))
     for part, size in built.part_sizes().items():
-        documented = settings.scale == "full" and settings.model.decoder.masks == "mixed"
         claim = CLAIMS.get((kind, part), "") if documented else ""
         table.add_row(part, f"{size.total:,}", f"{size.trainable:,}", claim)
     Console().print(table)

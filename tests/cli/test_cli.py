@@ -98,6 +98,8 @@ def test_params_are_counted_beside_the_documents_claims(
     assert (code, "39,638,121" in text, "41 M" in text) == (0, True, False)
     code, text = command(monkeypatch, capsys, "params", "--model", "bifusion", "--set", "scale=small")
     assert (code, "89 M" in text, "(small)" in text) == (0, False, True)
+    code, text = command(monkeypatch, capsys, "params", "--model", "bifusion-simple")
+    assert (code, "89 M" in text, "encoder.clip" in text) == (0, False, False)
 
 
 @pytest.mark.parametrize(
