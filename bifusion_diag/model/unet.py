@@ -13,6 +13,7 @@ from bifusion_diag.model.sparse import (
     Conv3d,
     ConvTranspose3d,
     Engine,
+    Geometry,
     ReLU,
     SparseTensor,
     Voxels,
@@ -111,7 +112,16 @@ class Res16UNet(nn.Module):
         Raises:
             UserError: no points, or coordinates that cannot be voxelised.
         """
-        return voxelize(coords, feats, scene_index, self.voxel_size, self.engine)
+        voxels = voxelize(coords, feats, scene_index, self.voxel_size, self.engine)
+        voxels.tensor.maps.prepare(self.geometries())
+        return voxels
+
+    def geometries(self) -> list[Geometry]:
+        """Those of all layers, finer scales first."""
+        found = [Geometry(1, self.conv0p1s1.kernel_size), Geometry(1, 3)]
+        for stride in (1, 2, 4, 8):
+            found += [Geometry(stride, 2, stride=2), Geometry(2 * stride, 3)]
+        return found
 
     def scales(self, x: SparseTensor) -> list[SparseTensor]:
         """Features of every scale of the way up, coarsest first.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bifusion_diag.config.settings import BackboneSettings
-from bifusion_diag.model.sparse import SparseTensor, kernel_map, make_engine
+from bifusion_diag.model.sparse import SparseTensor, chunks, make_engine
 from bifusion_diag.model.unet import Res16UNet
 
 RES16UNET34C = BackboneSettings(layers=(2, 3, 4, 6, 2, 2, 2, 2), planes=(32, 64, 128, 256, 256, 128, 96, 96))
@@ -143,7 +143,7 @@ def test_whole_net_agrees_with_minkowski_engine_in_float64() -> None:
 
 
 def test_bits_do_not_depend_on_the_run_or_the_order_of_points(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_map, "CHUNK_ROWS_CPU", 50)
+    monkeypatch.setattr(chunks, "CHUNK_ROWS", 50)
     coords, feats, index = surface()
     first = Res16UNet(TINY.model_copy(update={"voxel_size": 0.05}), engine=NATIVE)
     weight = torch.randn(len(coords), 8)

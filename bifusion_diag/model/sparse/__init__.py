@@ -2,7 +2,7 @@
 
 from bifusion_diag.model.sparse.engine import ENGINES, make_engine
 from bifusion_diag.model.sparse.modules import BatchNorm, Conv3d, ConvTranspose3d, ReLU
-from bifusion_diag.model.sparse.tensor import Engine, SparseMaps, SparseTensor, concatenate, sparse_tensor
+from bifusion_diag.model.sparse.tensor import Engine, Geometry, SparseMaps, SparseTensor, concatenate, sparse_tensor
 from bifusion_diag.model.sparse.voxels import Voxels, voxelize
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Conv3d",
     "ConvTranspose3d",
     "Engine",
+    "Geometry",
     "ReLU",
     "SparseMaps",
     "SparseTensor",

@@ -1,6 +1,6 @@
-"""Which input rows meet which output rows under each kernel offset, and the order in which the work is done.
+"""Which input rows meet which output rows under each kernel offset.
 
-Legend: K kernel offsets · M output rows · P pairs (output row, offset) that have an input row.
+Legend: K kernel offsets · M output rows.
 
 Conventions are those of MinkowskiEngine (Choy et al., "4D Spatio-Temporal ConvNets", CVPR 2019): x runs fastest in the
 kernel index; odd kernels are centred, even ones start at 0; ``out[c] = sum_k in[c + offset_k] @ kernel[k]``.
@@ -8,21 +8,13 @@ kernel index; odd kernels are centred, even ones start at 0; ``out[c] = sum_k in
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-# Output rows worked on at once. It bounds the memory of gathered pairs to K · rows · channels numbers, and on a CPU it
-# keeps them in the cache; a GPU wants few large launches.
-CHUNK_ROWS_CPU = 2048
-CHUNK_ROWS_GPU = 1 << 16
-
-
-def chunk_rows(device: torch.device) -> int:
-    """Output rows worked on at once on this kind of device."""
-    return CHUNK_ROWS_CPU if device.type == "cpu" else CHUNK_ROWS_GPU
+from bifusion_diag.model.sparse.chunks import Chunk, plan
 
 
 def kernel_offsets(size: int, dilation: int = 1) -> list[tuple[int, int, int]]:
@@ -32,43 +24,6 @@ def kernel_offsets(size: int, dilation: int = 1) -> list[tuple[int, int, int]]:
     return [(x, y, z) for z in axis for y in axis for x in axis]
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """The pairs of some consecutive output rows, sorted by (offset, row), the centre offset last.
-
-    The centre's pairs (every row with itself) are not listed in ``source`` and ``local``: they need no gathering.
-    """
-
-    start: int
-    stop: int
-    source: Tensor  # (P,) int32 input row of each pair
-    local: Tensor  # (P,) int32 output row of each pair, counted from `start`
-    offsets: tuple[int, ...]  # kernel index of each run of pairs
-    lengths: tuple[int, ...]  # how many pairs of `source` each run has; they add up to P
-    bag: Tensor  # (P or P + rows,) int32 pairs sorted by (row, offset)
-    bag_start: Tensor  # (rows,) int32 where each row's pairs start in `bag`
-
-
-def _chunk(table: Tensor, kernel_index: list[int], start: int, stop: int, has_centre: bool) -> Chunk:
-    part = table[:, start:stop]
-    hit = part >= 0
-    listed = hit[:-1] if has_centre else hit
-    rows = torch.arange(stop - start, dtype=torch.int32, device=table.device).expand_as(listed)
-    runs = [(index, length) for index, length in zip(kernel_index, listed.sum(1).tolist(), strict=False) if length]
-    position = (hit.view(-1).cumsum(0, dtype=torch.int32) - 1).view_as(hit)
-    per_row = hit.sum(0, dtype=torch.int32)
-    return Chunk(
-        start,
-        stop,
-        source=part[: len(listed)][listed],
-        local=rows[listed],
-        offsets=tuple(index for index, _ in runs),
-        lengths=tuple(length for _, length in runs),
-        bag=position.t()[hit.t()],
-        bag_start=per_row.cumsum(0, dtype=torch.int32) - per_row,
-    )
-
-
 class PairTable:
     """Where each row of one side finds its partners on the other side.
 
@@ -76,35 +31,26 @@ class PairTable:
         table: (K, M) int32 partner row of every offset and row, -1 = none.
         centre: offset under which every row meets itself, if there is one.
         single: every row has exactly one partner in all.
+
+    Attributes:
+        mirrored: offset k of this table belongs to index K - 1 - k of the kernel.
     """
 
+    mirrored = False
+
     def __init__(self, table: Tensor, *, centre: int | None = None, single: bool = False) -> None:
-        self._table = table
+        self.table = table
         self.centre = centre
         self.single = single
 
     @property
-    def table(self) -> Tensor:
-        """(K, M) int32 partner row of every offset and row, -1 = none."""
-        return self._table
-
-    @property
     def rows(self) -> int:
-        return self._table.shape[1]
+        return self.table.shape[1]
 
     @cached_property
     def chunks(self) -> list[Chunk]:
-        """The work, in an order that suits the hardware."""
-        volume, table = self._table.shape[0], self._table
-        order = [index for index in range(volume) if index != self.centre]
-        if self.centre is not None:
-            order.append(self.centre)
-            table = table[torch.tensor(order, device=table.device)]
-        step = chunk_rows(table.device)
-        return [
-            _chunk(table, order, start, min(start + step, self.rows), self.centre is not None)
-            for start in range(0, self.rows, step)
-        ]
+        """The pairs, in the order in which they are worked on."""
+        return plan(self.table, self.centre)
 
     @cached_property
     def columns(self) -> Tensor:
@@ -122,24 +68,23 @@ class PairTable:
 class MirroredTable(PairTable):
     """The other side of a table between a set of voxels and itself, for an odd kernel.
 
-    The pairs of offset k are those of offset K - 1 - k with the two sides exchanged: the chunks are shared, only the
+    The pairs of offset k are those of offset K - 1 - k with the two sides exchanged: everything is shared, only the
     kernel index is counted from the end.
     """
+
+    mirrored = True
 
     def __init__(self, original: PairTable) -> None:
         super().__init__(original.table, centre=original.centre)
         self._original = original
 
-    @property
-    def table(self) -> Tensor:
-        return self._table.flip(0)  # made when asked for: only im2col for the gradient of its input does
-
     @cached_property
     def chunks(self) -> list[Chunk]:
-        last = self._table.shape[0] - 1
-        return [
-            replace(chunk, offsets=tuple(last - index for index in chunk.offsets)) for chunk in self._original.chunks
-        ]
+        return self._original.chunks
+
+    @cached_property
+    def columns(self) -> Tensor:
+        return self._original.columns
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ import collections.abc
 import functools
 import importlib
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 
 from bifusion_diag.errors import UserError
-from bifusion_diag.model.sparse.tensor import SparseMaps
+from bifusion_diag.model.sparse.tensor import Geometry, SparseMaps
 
 
 @functools.cache
@@ -61,6 +62,9 @@ class MinkowskiMaps:
 
     def coords(self, stride: int) -> Tensor:
         return self._manager.get_coordinates(self._keys[stride])
+
+    def prepare(self, geometries: Iterable[Geometry]) -> None:
+        """Nothing: MinkowskiEngine makes its kernel maps when a layer needs them."""
 
     def convolve(
         self, feats: Tensor, kernel: Tensor, in_stride: int, *, size: int, stride: int, dilation: int

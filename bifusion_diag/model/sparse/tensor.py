@@ -5,12 +5,21 @@ Legend: M voxels · C channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+
+class Geometry(NamedTuple):
+    """What decides which voxels meet in a convolution; a transposed one has that of the convolution it undoes."""
+
+    in_stride: int
+    size: int
+    stride: int = 1
+    dilation: int = 1
 
 
 class SparseMaps(Protocol):
@@ -21,6 +30,10 @@ class SparseMaps(Protocol):
 
     def coords(self, stride: int) -> Tensor:
         """(M, 4) int32 (batch, x, y, z) of the voxels of a scale, multiples of the stride, in the order of features."""
+        ...
+
+    def prepare(self, geometries: Iterable[Geometry]) -> None:
+        """Announce the convolutions to come, finer scales first: on a GPU they then run without synchronisation."""
         ...
 
     def convolve(

@@ -13,6 +13,8 @@ from bifusion_diag.model.sparse import (
     Conv3d,
     ConvTranspose3d,
     SparseTensor,
+    chunks,
+    columns,
     convolution,
     kernel_map,
     make_engine,
@@ -39,9 +41,10 @@ LAYERS: dict[str, Callable[[int, int], nn.Module]] = {
 @pytest.fixture(params=["pairs", "columns"])
 def algorithm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Force one of the two algorithms, in pieces so small that every layer needs several."""
-    monkeypatch.setattr(convolution, "IM2COL_CHANNELS", 0 if request.param == "pairs" else 1 << 20)
-    monkeypatch.setattr(convolution, "IM2COL_NUMBERS", 1000)
-    monkeypatch.setattr(kernel_map, "CHUNK_ROWS_CPU", 7)
+    monkeypatch.setattr(convolution, "COLUMNS_CHANNELS", 0 if request.param == "pairs" else 1 << 20)
+    monkeypatch.setattr(columns, "CHUNK_NUMBERS_CPU", 1000)
+    monkeypatch.setattr(chunks, "CHUNK_ROWS", 7)
+    monkeypatch.setattr(chunks, "PIECE_PAIRS", 10)
     return str(request.param)
 
 
@@ -148,7 +151,7 @@ def test_chunks_do_not_change_the_result(name: str, some_voxels: Draw, monkeypat
     layer = LAYERS[name](9, 5).double()
     whole = run(layer, coords, feats).feats
     for rows in (1, 8, 119, 120):
-        monkeypatch.setattr(kernel_map, "CHUNK_ROWS_CPU", rows)
+        monkeypatch.setattr(chunks, "CHUNK_ROWS", rows)
         torch.testing.assert_close(run(layer, coords, feats).feats, whole, rtol=1e-12, atol=1e-12)
 
 

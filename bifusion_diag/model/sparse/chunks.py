@@ -1,0 +1,100 @@
+"""In which order the pairs of a convolution are worked on: chunks of output rows, pieces of gathered pairs.
+
+Legend: K kernel offsets · M output rows · P pairs (output row, offset) that have an input row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+# Output rows worked on at once: their products, K · rows · channels numbers, bound the memory.
+CHUNK_ROWS = 2048
+# Pairs gathered at once: with some 100 channels they stay in a core's second-level cache until they are multiplied.
+PIECE_PAIRS = 2048
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive pairs of a chunk: whole runs of one offset each."""
+
+    start: int  # first pair, counted in the chunk
+    stop: int
+    source: Tensor  # (P,) int32 input row of each pair
+    local: Tensor  # (P,) int32 output row of each pair, counted from the chunk's first row
+    offsets: tuple[int, ...]  # kernel index of each run
+    lengths: tuple[int, ...]  # pairs of each run; they add up to P
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The pairs of some consecutive output rows, sorted by (offset, row), the centre offset last.
+
+    The centre's pairs (every row with itself) are in no piece: they need no gathering.
+    """
+
+    start: int
+    stop: int
+    pieces: tuple[Piece, ...]
+    pairs: int  # pairs of all pieces
+    bag: Tensor  # (pairs or pairs + rows,) int32 pairs sorted by (row, offset)
+    bag_start: Tensor  # (rows,) int32 where each row's pairs start in `bag`
+
+
+def plan(table: Tensor, centre: int | None) -> list[Chunk]:
+    """The chunks of a table (K, M) int32 of partner rows, -1 = none; ``centre``: offset that needs no gathering."""
+    order = [index for index in range(len(table)) if index != centre]
+    if centre is not None:
+        order.append(centre)
+        table = table.index_select(0, torch.tensor(order, device=table.device))
+    rows = table.shape[1]
+    return [
+        _chunk(table, order, start, min(start + CHUNK_ROWS, rows), centre is not None)
+        for start in range(0, rows, CHUNK_ROWS)
+    ]
+
+
+def _chunk(table: Tensor, kernel_index: list[int], start: int, stop: int, has_centre: bool) -> Chunk:
+    part = table[:, start:stop]
+    hit = part >= 0
+    listed = hit[:-1] if has_centre else hit
+    rows = torch.arange(stop - start, dtype=torch.int32, device=table.device).expand_as(listed)
+    source, local = part[: len(listed)][listed], rows[listed]
+    position = (hit.view(-1).cumsum(0, dtype=torch.int32) - 1).view_as(hit)
+    per_row = hit.sum(0, dtype=torch.int32)
+    return Chunk(
+        start,
+        stop,
+        pieces=_pieces(source, local, kernel_index, listed.sum(1).tolist()),
+        pairs=len(source),
+        bag=position.t()[hit.t()],
+        bag_start=per_row.cumsum(0, dtype=torch.int32) - per_row,
+    )
+
+
+def _pieces(source: Tensor, local: Tensor, kernel_index: list[int], lengths: list[int]) -> tuple[Piece, ...]:
+    groups: list[list[tuple[int, int]]] = []
+    room = 0
+    for index, length in zip(kernel_index, lengths, strict=False):  # the centre has an index, and no run
+        if not length:
+            continue
+        if not groups or length > room:
+            groups.append([])
+            room = PIECE_PAIRS
+        groups[-1].append((index, length))
+        room -= length
+    bounds = [0, *accumulate(sum(length for _, length in group) for group in groups)]
+    return tuple(
+        Piece(
+            start,
+            stop,
+            source[start:stop],
+            local[start:stop],
+            offsets=tuple(index for index, _ in group),
+            lengths=tuple(length for _, length in group),
+        )
+        for start, stop, group in zip(bounds[:-1], bounds[1:], groups, strict=True)
+    )
