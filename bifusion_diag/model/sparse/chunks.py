@@ -58,19 +58,20 @@ def plan(table: Tensor, centre: int | None) -> list[Chunk]:
 
 
 def _chunk(table: Tensor, kernel_index: list[int], start: int, stop: int, has_centre: bool) -> Chunk:
-    part = table[:, start:stop]
+    part = table[:, start:stop].contiguous()
+    rows = stop - start
     hit = part >= 0
     listed = hit[:-1] if has_centre else hit
-    rows = torch.arange(stop - start, dtype=torch.int32, device=table.device).expand_as(listed)
-    source, local = part[: len(listed)][listed], rows[listed]
-    position = (hit.view(-1).cumsum(0, dtype=torch.int32) - 1).view_as(hit)
+    cell = listed.flatten().nonzero().view(-1)  # a pair is cell offset · rows + row of the part
+    source = part.view(-1).index_select(0, cell)
     per_row = hit.sum(0, dtype=torch.int32)
+    position = (hit.view(-1).cumsum(0, dtype=torch.int32) - 1).view_as(hit).t().contiguous()
     return Chunk(
         start,
         stop,
-        pieces=_pieces(source, local, kernel_index, listed.sum(1).tolist()),
+        pieces=_pieces(source, (cell % rows).int(), kernel_index, listed.sum(1).tolist()),
         pairs=len(source),
-        bag=position.t()[hit.t()],
+        bag=position.view(-1).index_select(0, hit.t().flatten().nonzero().view(-1)),
         bag_start=per_row.cumsum(0, dtype=torch.int32) - per_row,
     )
 

@@ -55,7 +55,7 @@ class PairTable:
     @cached_property
     def columns(self) -> Tensor:
         """(M, K) int32 partner row plus one of every row and offset, 0 = none."""
-        return (self.table.t() + 1).contiguous()
+        return (self.table + 1).t().contiguous()  # in this order the transposition is a blocked copy
 
     def reversed(self, rows: int, *, single: bool = False) -> PairTable:
         """The same pairs seen from the other side, which has so many rows. Under one offset rows meet one to one."""
