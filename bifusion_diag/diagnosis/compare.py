@@ -21,6 +21,7 @@ from bifusion_diag.diagnosis.restrict import cut_run, measure_on
 from bifusion_diag.diagnosis.rules import RULES
 from bifusion_diag.diagnosis.settings_diff import SettingGroup, diff_settings
 from bifusion_diag.diagnosis.thresholds import DEFAULT_THRESHOLDS, Thresholds
+from bifusion_diag.diagnosis.validation import validation_limits
 from bifusion_diag.diagnosis.verdict import Verdict, ending_of, judge_pair, judge_run, with_ending
 from bifusion_diag.errors import UserError
 from bifusion_diag.record.schema import Run
@@ -246,4 +247,4 @@ def _limits(baseline: Run, candidate: Run, common: NDArray[np.int64]) -> tuple[s
     for word, probes in only.items():
         if probes:
             limits.append(f"Only the {word} was probed with {', '.join(probes)}: these measures stand alone.")
-    return tuple(limits)
+    return (*limits, *validation_limits((("the baseline", baseline), ("the candidate", candidate))))

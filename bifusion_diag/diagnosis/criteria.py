@@ -12,6 +12,7 @@ import numpy as np
 from bifusion_diag.diagnosis.measures import Measures
 from bifusion_diag.diagnosis.names import MIOU, NORM, TOTAL, loss_terms
 from bifusion_diag.diagnosis.quantity import NotMeasured, Quantity, Reading
+from bifusion_diag.diagnosis.validation import against, evaluated_at, same_validation
 from bifusion_diag.record.schema import Run
 
 CLEAN_EPOCHS = 20
@@ -151,17 +152,24 @@ def _alpha_in_band(measures: Measures) -> Criterion:
 
 
 def _miou_above(run: Run, baseline: Run | None) -> Criterion:
+    """At the last step at which both runs were evaluated, if it was on the same scenes."""
     key, title, threshold = "miou", "Validation mIoU above the baseline's", "> baseline"
-    mine = _last_finite(run, MIOU)
-    theirs = None if baseline is None else _last_finite(baseline, MIOU)
-    if mine is None or theirs is None:
-        reason = "no baseline to compare with" if baseline is None else f"{MIOU} was not recorded in both runs"
+
+    def not_measured(reason: str) -> Criterion:
         return Criterion(key, title, threshold, "not measured", NotMeasured(reason))
-    result: Literal["pass", "fail"] = "pass" if mine > theirs else "fail"
-    return Criterion(key, title, threshold, result, Quantity(mine), f"baseline {theirs:.4g}")
 
-
-def _last_finite(run: Run, name: str) -> float | None:
-    series = run.series(name)
-    finite = np.zeros(0) if series is None else series.value[np.isfinite(series.value)]
-    return float(finite[-1]) if finite.size else None
+    if baseline is None:
+        return not_measured("no baseline to compare with")
+    steps, values = evaluated_at(run.series(MIOU))
+    baseline_steps, baseline_values = evaluated_at(baseline.series(MIOU))
+    if not steps.size or not baseline_steps.size:
+        return not_measured(f"{MIOU} was not recorded in both runs")
+    if not same_validation(run, baseline):
+        return not_measured("the runs were evaluated on different scenes")
+    common, mine, theirs = np.intersect1d(steps, baseline_steps, return_indices=True)
+    if not common.size:
+        return not_measured("the runs were evaluated at no common step")
+    value, bound = float(values[mine[-1]]), float(baseline_values[theirs[-1]])
+    result: Literal["pass", "fail"] = "pass" if value > bound else "fail"
+    note = f"baseline {bound:.4g}, both at step {common[-1]}" + (f", {labels}" if (labels := against(run)) else "")
+    return Criterion(key, title, threshold, result, Quantity(value), note)

@@ -14,7 +14,7 @@ class Definition:
         key: its name in records and tables; one that ends in "/*" is a family, one member a term, module or place.
         title: in words.
         text: how it is computed.
-        better: which direction is more stable; "" where neither is.
+        better: which direction is more stable, or of a validation metric the better one; "" where neither is.
         group: the table that it is shown in.
     """
 
@@ -31,6 +31,7 @@ _LOSS = "Loss terms"
 _CLIP = "CLIP features"
 _VIEW = "Projection"
 _GATE = "Gate α"
+_EVAL = "Validation"
 
 DEFINITIONS: tuple[Definition, ...] = (
     Definition("steps", "recorded steps", "Steps in the record.", "", _RUN),
@@ -103,6 +104,40 @@ DEFINITIONS: tuple[Definition, ...] = (
     Definition("gate/mean", "mean α", "Mean over steps of the mean weight of the 2D feature.", "", _GATE),
     Definition("gate/share_lt_0.05", "share of α < .05", "Mean over steps.", "lower", _GATE),
     Definition("gate/share_gt_0.95", "share of α > .95", "Mean over steps.", "lower", _GATE),
+    Definition(
+        "eval/miou",
+        "mIoU",
+        "At the last evaluation: mean over the semantic classes in the validation scenes of points that are and are "
+        "called the class ÷ points that are or are called it.",
+        "higher",
+        _EVAL,
+    ),
+    Definition("eval/miou_best", "best mIoU", "Of all evaluations.", "higher", _EVAL),
+    Definition(
+        "eval/ap",
+        "AP, class-agnostic",
+        "At the last evaluation: average precision of the instance masks by ScanNet's script, mean over the IoU "
+        "thresholds .50, .55, ... .90.",
+        "higher",
+        _EVAL,
+    ),
+    Definition("eval/ap50", "AP50", "At the last evaluation: at IoU .50.", "higher", _EVAL),
+    Definition("eval/ap50_best", "best AP50", "Of all evaluations.", "higher", _EVAL),
+    Definition("eval/ap25", "AP25", "At the last evaluation: at IoU .25.", "higher", _EVAL),
+    Definition(
+        "eval/alignment",
+        "alignment of 2D and 3D",
+        "At the last evaluation: mean cosine between the 2D and the 3D feature of the valid points.",
+        "higher",
+        _EVAL,
+    ),
+    Definition(
+        "eval/uniformity",
+        "uniformity of 3D features",
+        "At the last evaluation: log of the mean over pairs of a scene of exp(−2 ‖x − y‖²), normalised. 0: collapsed.",
+        "lower",
+        _EVAL,
+    ),
 )
 
 _BY_KEY = {definition.key: definition for definition in DEFINITIONS}

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bifusion_diag.diagnosis.definitions import DEFINITIONS
-from bifusion_diag.diagnosis.names import CLIP_PLACES, COEFFICIENT, NORM, TOTAL, is_exact, loss_terms
+from bifusion_diag.diagnosis.names import AP50, CLIP_PLACES, COEFFICIENT, MIOU, NORM, TOTAL, is_exact, loss_terms
 from bifusion_diag.diagnosis.origins import Origin, origin_from_dict, origin_to_dict, trace_origins
 from bifusion_diag.diagnosis.quantity import (
     NotMeasured,
@@ -26,6 +26,7 @@ from bifusion_diag.diagnosis.quantity import (
     reading_to_dict,
 )
 from bifusion_diag.diagnosis.spikes import MIN_PREVIOUS, find_spikes
+from bifusion_diag.diagnosis.validation import evaluated_at
 from bifusion_diag.record.schema import Run, Series
 
 LISTED_STEPS = 1000  # step lists keep at most so many; the counts are always complete
@@ -88,7 +89,7 @@ def measure(run: Run) -> Measures:
     readings |= _gradient_norm(run) | _clipping(run) | _update_ratio(run) | _loss_share(run)
     unmeasured = NotMeasured("needs the gradient of every term; no probe in this record measures it")
     readings |= {"gradient_share": unmeasured, "gradient_cosine": unmeasured}
-    readings |= _clip(run) | _projection(run) | _gate(run)
+    readings |= _clip(run) | _projection(run) | _gate(run) | _validation(run)
     listed = _listed(nonfinite), _listed(spikes)
     return Measures(_in_order(readings), *listed, trace_origins(run, *listed))
 
@@ -252,6 +253,24 @@ def _gate(run: Run) -> dict[str, Reading]:
     if not run.names("gate/"):
         return {"gate/mean": NotMeasured("no gate was recorded")}
     return {f"gate/{name}": _mean(run.series(f"gate/{name}")) for name in ("mean", "share_lt_0.05", "share_gt_0.95")}
+
+
+def _validation(run: Run) -> dict[str, Reading]:
+    if not run.names("eval/"):
+        return {MIOU: NotMeasured("the run was not evaluated; train with --evaluate-every")}
+    readings: dict[str, Reading] = {}
+    for name in (MIOU, "eval/ap", AP50, "eval/ap25", "eval/alignment", "eval/uniformity"):
+        readings[name] = _last(run.series(name))
+    for name in (MIOU, AP50):
+        readings[f"{name}_best"] = _extreme(run.series(name), largest=True)
+    return readings
+
+
+def _last(series: Series | None) -> Reading:
+    values = evaluated_at(series)[1]
+    if series is None or not values.size:
+        return NotMeasured("was not recorded" if series is None else "no value is finite")
+    return Quantity(float(values[-1]), series.unit) if series.exact else NotMeasured(_REDUCED)
 
 
 def _from_stats(series: Series | None, name: str) -> Reading:

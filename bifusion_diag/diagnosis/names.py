@@ -13,6 +13,7 @@ TOTAL = "loss/total"
 NORM = "train/grad_norm"
 COEFFICIENT = "train/clip_coefficient"
 MIOU = "eval/miou"
+AP50 = "eval/ap50"
 CLIP_PLACES = ("tokens", "head", "points")
 
 

@@ -16,6 +16,7 @@ from bifusion_diag.diagnosis.names import is_exact, loss_terms
 from bifusion_diag.diagnosis.parting import Parting
 from bifusion_diag.diagnosis.quantity import NotMeasured, Reading
 from bifusion_diag.diagnosis.settings_diff import ABSENT, flatten
+from bifusion_diag.diagnosis.validation import validation_limits
 from bifusion_diag.diagnosis.verdict import Verdict
 from bifusion_diag.record.schema import Run
 from bifusion_diag.reports.numbers import ratio_text, text
@@ -28,13 +29,14 @@ from bifusion_diag.reports.plots import (
     draw_projection,
     draw_terms,
     draw_timeline,
+    draw_validation,
 )
 from bifusion_diag.reports.sparkline import Spark, draw_spark
 from bifusion_diag.reports.svg import Plot
 
 MODULE_ROWS = 500  # of the table of modules; the JSON has them all
 MORE_COLOURS = (ACCENT, CATEGORY[2], CATEGORY[1], CATEGORY[6], CATEGORY[5])  # of the candidates
-_FACTS = ("data", "labels", "clip_weights")
+_FACTS = ("data", "labels", "validation", "clip_weights")
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ class Page:
     facts: list[tuple[str, str]]
     limits: list[str]
     timeline: Plot
+    validation: Plot | None
     heatmap: Plot | None
     modules: list[ModuleTable]
     why: list[Plot]
@@ -167,6 +170,7 @@ def comparison_page(comparisons: Sequence[RunComparison], baseline: Run, candida
         facts=_facts(names, runs),
         limits=_limits(comparisons, names),
         timeline=draw_timeline(traces),
+        validation=draw_validation(traces),
         heatmap=draw_heatmap(traces),
         modules=[
             _pair_table(comparison.modules, names[0], name)
@@ -264,8 +268,12 @@ def run_page(assessment: RunAssessment, run: Run) -> Page:
         ],
         baseline_findings=(),
         facts=_facts([assessment.name], [run]),
-        limits=["The record is reduced: curves by module show buckets of several steps."] if not is_exact(run) else [],
+        limits=[
+            *(() if is_exact(run) else ("The record is reduced: curves by module show buckets of several steps.",)),
+            *validation_limits([("this run", run)]),
+        ],
         timeline=draw_timeline([trace]),
+        validation=draw_validation([trace]),
         heatmap=draw_heatmap([trace]),
         modules=[
             ModuleTable("Gradient norm by module, in execution order", head, rows, len(assessment.modules) - len(rows))
@@ -294,6 +302,8 @@ def _why(traces: Sequence[Trace]) -> tuple[list[Plot], list[str]]:
         plots += [plot for plot in drawn if plot is not None]
         if not any(drawn):
             gaps.append(f"Not measured: no run recorded {words}.")
+    if not any(trace.run.names("eval/") for trace in traces):
+        gaps.append("Not measured: mIoU and AP on validation scenes (train with --evaluate-every).")
     gaps.append("Not measured: each term's share of the gradient in shared modules, and conflicts between terms.")
     return plots, gaps
 
@@ -326,11 +336,14 @@ def _facts(names: Sequence[str], runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 
 def _fact(run: Run, key: str) -> str:
-    """A provenance entry in a few words; of a structured one its kind, its folder and how many scenes."""
+    """A provenance entry in a few words; of a structured one its kind, its folder, how many scenes, and of validation
+    data its labels too.
+    """
     value: Any = run.provenance.get(key)
     if isinstance(value, Mapping):
         scenes = f"{value['scenes']} scenes" if "scenes" in value else ""
-        return ", ".join(str(part) for part in (value.get("kind"), value.get("folder"), scenes) if part)
+        labels = value.get("labels") if key == "validation" else None
+        return ", ".join(str(part) for part in (value.get("kind"), value.get("folder"), scenes, labels) if part)
     return "" if value is None else str(value)
 
 

@@ -31,6 +31,8 @@ _SHOWN = (  # the measures of the terminal; the page and the JSON have all
     "projection/inf",
     "projection/valid_share",
     "gate/mean",
+    "eval/miou",
+    "eval/ap50",
 )
 _STATE_STYLE = {"stable": "bold green", "less stable": "bold yellow", "unstable": "bold red"}
 _RESULT_STYLE = {"pass": "green", "fail": "red", "not measured": "dim"}
@@ -103,7 +105,7 @@ def _any_measured(pair: MeasurePair) -> bool:
 
 def _title(key: str) -> str:
     definition = definition_of(key)
-    grouped = key.startswith(("grad_norm/", "clip/", "projection/"))
+    grouped = key.startswith(("grad_norm/", "clip/", "projection/", "eval/"))
     return f"{definition.group}: {definition.title}" if grouped else definition.title
 
 

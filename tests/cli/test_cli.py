@@ -36,7 +36,9 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     paths = []
     for preset in ("baseline-5cm", "bifusion"):
         path = folder / f"{preset}.json"
-        result = CliRunner().invoke(app, ["train", "--model", preset, "--probe", "all", *SMALL, "--out", str(path)])
+        evaluated = ["--evaluate-every", "2", "--set", "evaluation.scenes=1"]
+        options = ["--model", preset, "--probe", "all", *SMALL, *evaluated]
+        result = CliRunner().invoke(app, ["train", *options, "--out", str(path)])
         assert result.exit_code == 0, result.output
         paths.append(path)
     return paths[0], paths[1]
@@ -56,7 +58,11 @@ def test_compare_writes_report_and_data_and_prints_a_verdict(
     assert text.splitlines()[-2:] == ["data: out.json", "report: out/report.html"]
     assert "not enough data" in text  # three steps are no ground for a verdict
     assert "<html" in Path("out/report.html").read_text()
-    assert json.loads(Path("out.json").read_text())
+    assert "mIoU and AP50 on validation scenes" in Path("out/report.html").read_text()
+    data = json.loads(Path("out.json").read_text())
+    assert '"eval/miou_best"' in json.dumps(data)
+    above = next(line for line in text.splitlines() if "Validation mIoU above" in line)
+    assert "pass" in above or "fail" in above
 
 
 def test_report_of_one_run_lands_beside_it_and_leaves_the_record_alone(
@@ -113,6 +119,8 @@ def test_params_are_counted_beside_the_documents_claims(
         (["--steps", "0"], "training.steps: Input should be greater than or equal to 1"),
         (["--clip-weights", "lion2b"], "lion2b"),
         (["--resume"], "give nothing else but --out"),
+        (["--val-data", "somewhere"], "only with --evaluate-every"),
+        (["--evaluate-every", "2", "--val-data", "no/such/folder"], "no such folder"),
     ],
 )
 def test_bad_input_to_train_exits_2_with_the_cure_and_writes_nothing(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import ArrayLike
 
-from bifusion_diag.diagnosis import Criterion, NotMeasured, measure
+from bifusion_diag.diagnosis import Criterion, NotMeasured, Quantity, compare_runs, measure
 from bifusion_diag.diagnosis.criteria import judge, warm_up_steps
 from bifusion_diag.record.schema import Run
 
@@ -85,3 +86,31 @@ def test_miou_needs_both_runs(make_run: RunMaker, verdicts: Callable[..., dict[s
     assert verdicts({"eval/miou": [0.2, 0.5]}, baseline)["miou"].result == "pass"
     assert verdicts({"eval/miou": [0.5, 0.3]}, baseline)["miou"].result == "fail"
     assert verdicts({"loss/total": [1]}, baseline)["miou"].result == "not measured"
+
+
+def test_miou_is_compared_at_the_last_step_at_which_both_were_evaluated(
+    make_run: RunMaker, verdicts: Callable[..., dict[str, Criterion]]
+) -> None:
+    nan = math.nan
+    baseline = make_run({"eval/miou": [0.1, nan, 0.4, 0.9]}, missing={"eval/miou": [False, True, False, False]})
+    criterion = verdicts({"eval/miou": [0.2, 0.3, 0.5]}, baseline)["miou"]
+    assert (criterion.result, criterion.reading) == ("pass", Quantity(0.5))
+    assert criterion.note == "baseline 0.4, both at step 2"
+    odd = make_run({"eval/miou": [nan, 0.4, nan]}, missing={"eval/miou": [True, False, True]})
+    even = make_run({"eval/miou": [0.1, nan, 0.4]}, missing={"eval/miou": [False, True, False]})
+    found = {item.key: item for item in judge(even, measure(even), odd)}["miou"]
+    assert (found.result, found.reading) == ("not measured", NotMeasured("the runs were evaluated at no common step"))
+
+
+def test_miou_on_other_scenes_is_not_compared_and_pseudo_labels_are_named(make_run: RunMaker) -> None:
+    pseudo = {"validation": {"kind": "rgbd", "labels": "geometric pseudo-labels (no ground truth)"}}
+    baseline = make_run({"eval/miou": [0.1]}, provenance=pseudo)
+    other = make_run({"eval/miou": [0.2]}, provenance={"validation": {"kind": "synthetic rooms"}})
+    same = make_run({"eval/miou": [0.2]}, provenance=pseudo)
+    judged = [{item.key: item for item in judge(run, measure(run), baseline)}["miou"] for run in (other, same)]
+    assert judged[0].reading == NotMeasured("the runs were evaluated on different scenes")
+    assert judged[1].note == "baseline 0.1, both at step 0, against geometric pseudo-labels (no ground truth)"
+    assert any("evaluated on different scenes" in limit for limit in compare_runs(baseline, other).limits)
+    limits = compare_runs(baseline, same).limits
+    assert sum("against geometric pseudo-labels" in limit for limit in limits) == 2
+    assert not any("different scenes" in limit for limit in limits)

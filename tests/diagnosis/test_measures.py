@@ -131,3 +131,18 @@ def test_a_million_steps_take_seconds(make_run: RunMaker) -> None:
     norms = np.random.default_rng(0).lognormal(0, 0.3, 1_000_000)
     norms[777_777] = 1000
     assert measure(make_run({"train/grad_norm": norms})).spikes == (777_777,)
+
+
+def test_validation_metrics_are_the_last_and_the_best(make_run: RunMaker) -> None:
+    gone = [False, True, False, False, True]
+    columns = {"eval/miou": [0.0, NAN, 0.5, 0.25, NAN], "eval/ap50": [0.0, NAN, 0.125, 0.75, NAN]}
+    measures = measure(make_run(columns, missing=dict.fromkeys(columns, gone)))
+    expected = {"eval/miou": 0.25, "eval/miou_best": 0.5, "eval/ap50": 0.75, "eval/ap50_best": 0.75}
+    assert {key: measures.number(key) for key in expected} == expected
+    for key in ("eval/ap", "eval/alignment"):
+        assert measures.readings[key] == NotMeasured("was not recorded")
+    without = measure(make_run({"loss/total": [1.0]})).readings
+    assert isinstance(without["eval/miou"], NotMeasured)
+    assert "--evaluate-every" in without["eval/miou"].reason
+    assert [key for key in without if key.startswith("eval/")] == ["eval/miou"]
+    assert {definition_of(key).group for key in measures.readings if key.startswith("eval/")} == {"Validation"}

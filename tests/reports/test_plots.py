@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
-from bifusion_diag.diagnosis import measure
-from bifusion_diag.record.schema import Run
+from bifusion_diag.diagnosis import compare_runs, measure
+from bifusion_diag.record.schema import Run, Series
+from bifusion_diag.reports.html import render_comparison
 from bifusion_diag.reports.palette import ACCENT, BASELINE, VARIABLES
 from bifusion_diag.reports.plots import (
     Trace,
@@ -21,6 +23,7 @@ from bifusion_diag.reports.plots import (
     draw_projection,
     draw_terms,
     draw_timeline,
+    draw_validation,
 )
 from bifusion_diag.reports.plots.heatmap import (
     FINITE,
@@ -130,3 +133,52 @@ def test_what_was_not_recorded_is_not_drawn(traces: list[Trace]) -> None:
     assert draw_alpha(traces[0], "a") is None
     assert draw_projection(traces[0], "p") is None
     assert draw_clip_ranges(traces[0], "c") is None
+
+
+def evaluated(run: Run, scale: float, labels: str = "ground truth (synthetic)") -> Run:
+    """The run with both metrics every 100 of its 600 steps and at its last."""
+    steps = np.array([*range(0, 600, 100), 599])
+    gone = ~np.isin(run.steps, steps)
+    columns = {name: np.where(gone, np.nan, scale * run.steps / 599) for name in ("eval/miou", "eval/ap50")}
+    series = {name: Series.from_values(name, run.steps, values, gone) for name, values in columns.items()}
+    header = replace(run.header, provenance={**run.provenance, "validation": {"kind": "test", "labels": labels}})
+    return replace(run, header=header, all_series={**run.all_series, **series}, measures={})
+
+
+def test_validation_curves_have_a_point_an_evaluation(baseline: Run, candidate: Run) -> None:
+    runs = [evaluated(baseline, 0.25), evaluated(candidate, 0.5)]
+    lines = [
+        Trace(run, measure(run), name, colour)
+        for run, name, colour in zip(runs, ("baseline", "candidate"), (BASELINE, ACCENT), strict=True)
+    ]
+    plot = draw_validation(lines)
+    assert plot is not None
+    steps = [0, 100, 200, 300, 400, 500, 599]
+    assert plot.values["candidate mIoU"] == (steps, [float(f"{0.5 * step / 599:.4g}") for step in steps])
+    assert set(plot.values) == {f"{name} {metric}" for name in ("baseline", "candidate") for metric in ("mIoU", "AP50")}
+    assert "baseline mIoU 0.250; candidate mIoU 0.500; baseline AP50 0.250; candidate AP50 0.500" in plot.alt
+    assert plot.title == "mIoU and AP50 on validation scenes"
+    ElementTree.fromstring(plot.svg)
+    pseudo = evaluated(candidate, 0.5, "geometric pseudo-labels (no ground truth)")
+    named = draw_validation([Trace(pseudo, measure(pseudo), "candidate", ACCENT)])
+    assert named is not None
+    assert "against geometric pseudo-labels" in named.title
+
+
+def test_runs_without_evaluation_have_no_validation_plot(traces: list[Trace]) -> None:
+    assert draw_validation(traces) is None
+
+
+def test_the_page_shows_validation_where_there_is_some_and_says_where_there_is_none(
+    baseline: Run, candidate: Run
+) -> None:
+    one, two = evaluated(baseline, 0.25), evaluated(candidate, 0.5)
+    page = render_comparison([compare_runs(one, two)], one, [two])
+    assert "mIoU and AP50 on validation scenes" in page
+    assert "<th>best AP50</th>" in page
+    assert "baseline 0.25, both at step 599" in page
+    assert "<span>validation</span> test, ground truth (synthetic)" in page
+    assert "mIoU and AP on validation scenes (train with --evaluate-every)" not in page
+    without = render_comparison([compare_runs(baseline, candidate)], baseline, [candidate])
+    assert "mIoU and AP50 on validation scenes" not in without
+    assert "Not measured: mIoU and AP on validation scenes (train with --evaluate-every)." in without

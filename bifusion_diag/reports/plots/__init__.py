@@ -3,5 +3,15 @@
 from bifusion_diag.reports.plots.features import draw_alpha, draw_clip_ranges, draw_projection, draw_terms
 from bifusion_diag.reports.plots.heatmap import draw_heatmap
 from bifusion_diag.reports.plots.timeline import Trace, draw_timeline
+from bifusion_diag.reports.plots.validation import draw_validation
 
-__all__ = ["Trace", "draw_alpha", "draw_clip_ranges", "draw_heatmap", "draw_projection", "draw_terms", "draw_timeline"]
+__all__ = [
+    "Trace",
+    "draw_alpha",
+    "draw_clip_ranges",
+    "draw_heatmap",
+    "draw_projection",
+    "draw_terms",
+    "draw_timeline",
+    "draw_validation",
+]
