@@ -68,3 +68,23 @@ def test_the_probe_example_of_the_docs_measures_what_it_says() -> None:
 def test_links_and_pictures_are_there(page: Path) -> None:
     targets = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
     assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def spec_rows() -> list[list[str]]:
+    """The cells of every row of the tables below "Row by row" in docs/model.md: what, implementation, test."""
+    section = (ROOT / "docs" / "model.md").read_text().split("## Row by row")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|") and not re.match(r"\|[-| ]+\|$", line)]
+    return [cells for line in lines if (cells := [cell.strip() for cell in line.strip("|").split("|")])[0] != "row"]
+
+
+@pytest.mark.parametrize("row", spec_rows(), ids=lambda row: row[0])
+def test_every_row_of_the_specification_names_code_and_tests_that_exist(row: list[str]) -> None:
+    _, implementation, tests = row
+    files = re.findall(r"`([^`]+)`", implementation)
+    assert files
+    assert [file for file in files if not (ROOT / "bifusion_diag" / file).exists()] == []
+    verified = re.findall(r"`([^`]+\.py)(?:::(\w+))?`", tests)
+    assert verified
+    for file, name in verified:
+        content = (ROOT / "tests" / file).read_text()
+        assert f"def {name or 'test_'}" in content, f"{file} has no test {name}"
