@@ -20,6 +20,7 @@ from bifusion_diag.model.fps import farthest_points
 from bifusion_diag.model.mask3d import Mask3DDecoder, ScaleLayer
 from bifusion_diag.model.outputs import EncoderOutput, Scales
 from bifusion_diag.model.pooling import MeanPooling
+from bifusion_diag.model.scale_pooling import scale_voxels
 from bifusion_diag.model.sparse import make_engine
 
 TINY = BackboneSettings(
@@ -269,3 +270,72 @@ def test_training_draws_voxels_by_the_seed_and_evaluation_draws_nothing(batch_of
     _encode(batch)
     assert torch.equal(before, torch.get_rng_state())
     assert max(max(of) for of in counts[-6:]) > 20
+
+
+def _attend(layer: QueryAttention, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None) -> Tensor:
+    """Multi-head attention as a dense softmax with −∞ where hidden."""
+    inner = layer.attention
+    projected = [
+        x @ weight.T + bias
+        for x, weight, bias in zip(
+            (query, key, value), inner.in_proj_weight.chunk(3), inner.in_proj_bias.chunk(3), strict=True
+        )
+    ]
+    q, k, v = (x.unflatten(1, (inner.num_heads, -1)).transpose(0, 1) for x in projected)
+    scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[2])
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, -math.inf)
+    return inner.out_proj((scores.softmax(2) @ v).transpose(0, 1).flatten(1))
+
+
+def test_the_whole_decoder_against_a_dense_one(batch_of_two: Callable[..., Batch]) -> None:
+    """One scene in evaluation: coarse to fine, round after round. Some queries' masks are empty at some scales."""
+    batch = _scene(batch_of_two(), 0)
+    batch = replace(batch, coords=batch.coords.double(), color=batch.color.double())
+    decoder = _decoder().double().eval()
+    torch.nn.init.constant_(decoder.query_mask[2].bias, -0.12)
+    torch.nn.init.constant_(decoder.superpoint_mask.bias, 0.12)
+    output = _decode(decoder, batch)
+
+    encoded = _encode(batch)
+    assert encoded.scales is not None
+    levels = scale_voxels(encoded.scales, batch.coords, batch.point_counts, batch.superpoint, batch.superpoint_counts)
+    means = torch.stack([encoded.fused[batch.superpoint == s].mean(0) for s in range(24)])
+    features = decoder.superpoint_mask(means)
+    finest = levels[-1].positions[0]
+    picked = farthest_points(levels[-1].cells[0], 9)
+    low, high = finest.amin(0), finest.amax(0)
+    place = decoder.query_projection(decoder.place((finest[picked] - low) / (high - low)))
+    queries, blind, seeing = torch.zeros_like(place), 0, 0
+    for number, prediction in enumerate(output.layers):
+        normed = decoder.query_norm(queries)
+        mask = decoder.query_mask(normed) @ features.T
+        torch.testing.assert_close(prediction.masks[0], mask, atol=1e-9, rtol=0)
+        torch.testing.assert_close(prediction.classes[0], decoder.classes(normed), atol=1e-9, rtol=0)
+        if number == len(output.layers) - 1:
+            break
+        layer, level = decoder.layers[number % 3], levels[number % 3]
+        positions = level.positions[0]
+        low, high = positions.amin(0), positions.amax(0)
+        key_place = decoder.place((positions - low) / (high - low))
+        hidden = (level.shares[0].pool(mask.T, len(positions)) < 0).T
+        blind, seeing = blind + int(hidden.all(1).sum()), seeing + int((hidden.any(1) & ~hidden.all(1)).sum())
+        hidden[hidden.all(1)] = False
+        keys = layer.key_projection(level.feats[0])
+        cross, own = layer.cross_attention, layer.self_attention
+        queries = cross.norm(queries + _attend(cross, queries + place, keys + key_place, keys, hidden))
+        queries = own.norm(queries + _attend(own, queries + place, queries + place, queries, None))
+        queries = layer.feed_forward(queries)
+    assert blind > 0
+    assert seeing > 0
+
+
+def test_drawn_voxels_keep_their_places(batch_of_two: Callable[..., Batch]) -> None:
+    batch, decoder = batch_of_two(), _decoder()
+    scales = _encode(batch).scales
+    assert scales is not None
+    level = scale_voxels(scales, batch.coords, batch.point_counts, batch.superpoint, batch.superpoint_counts)[1]
+    every = [torch.arange(len(positions)) for positions in level.positions]
+    codes = decoder._key_places(level, every)
+    found = decoder._key_places(level, [torch.tensor([3, 1]), torch.tensor([2])])
+    torch.testing.assert_close(found, codes[torch.tensor([3, 1, len(every[0]) + 2])])

@@ -14,6 +14,7 @@ from bifusion_diag.config.settings import DecoderSettings, LossSettings
 from bifusion_diag.data.batch import Batch
 from bifusion_diag.errors import UserError
 from bifusion_diag.model.losses import Criterion
+from bifusion_diag.model.losses.targets import scene_targets
 from bifusion_diag.model.outputs import LossOutput, Predictions
 
 DECODER = DecoderSettings(semantic_classes=7, score_head=True)
@@ -155,3 +156,25 @@ def test_the_batch_is_left_alone_and_a_rerun_gives_the_same_bits(
 def test_bad_settings_are_explained() -> None:
     with pytest.raises(UserError, match="every term that this model can have has weight 0"):
         _criterion(fused=False, semantic={"weight": 0}, instance={"weight": 0})
+
+
+def test_text_queries_are_matched_by_class_and_labelled_by_class(
+    batch_of: Callable[..., Batch], predict: Callable[..., Predictions]
+) -> None:
+    batch = batch_of([60], [12], [3])
+    predictions = predict(batch, learnable=12)
+    superpoints = torch.full((24,), -1)
+    criterion = _criterion(fused=False, schedule="constant")
+    free = criterion(predictions._replace(query_superpoints=[superpoints]), batch).terms
+    absent = next(c for c in range(7) if c not in scene_targets(batch, DECODER)[0].object_semantic.tolist())
+    texts = [torch.full((24,), absent)]
+    bound = criterion(predictions._replace(query_superpoints=[superpoints], query_classes=texts), batch).terms
+    assert free["instance_mask"] > 0
+    assert free["semantic"] == 0
+    assert bound["instance_mask"] == 0
+    torch.testing.assert_close(bound["semantic"], -predictions.semantic[0][:, :-1].log_softmax(1)[:, absent].mean())
+
+
+def test_mask3ds_decoder_has_no_semantic_term() -> None:
+    decoder = DecoderSettings(kind="mask3d", masks="superpoint", semantic_classes=7)
+    assert "semantic" not in _criterion(decoder=decoder, semantic={"weight": 1.0}).term_names

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from bifusion_diag.config.settings import DecoderSettings, InstanceLossSettings
 from bifusion_diag.data.batch import Batch
-from bifusion_diag.model.losses.matcher import allowed_pairs, match, queries_inside
+from bifusion_diag.model.losses.matcher import _cheapest_assignment, allowed_pairs, match, queries_inside
 from bifusion_diag.model.losses.targets import scene_targets
 
 SETTINGS = InstanceLossSettings()
@@ -148,3 +148,9 @@ def test_text_queries_take_objects_of_their_class_wherever_they_are(batch_of: Ca
     assert inside.count(True) < 3
     without = allowed_pairs(superpoints, None, target, "sparse")
     assert torch.equal(without, queries_inside(superpoints, target.superpoint_masks))
+
+
+def test_hungarian_takes_as_many_possible_pairs_as_there_are() -> None:
+    """The cheap pair would leave the second query with what it may not have."""
+    found = _cheapest_assignment(torch.tensor([[0.0, 10.0], [9.0, math.inf]]))
+    assert set(zip(found.queries.tolist(), found.objects.tolist(), strict=True)) == {(0, 1), (1, 0)}
