@@ -45,7 +45,7 @@ def build_model(settings: Settings) -> Segmenter:
         inference=Inference(
             model.inference,
             diffusion_radius=model.diffusion_radius,
-            semantic_classes=model.decoder.semantic_classes,
+            first_object_class=None if model.decoder.instance_classes == 1 else model.decoder.first_object_class,
             logit_scores=settings.losses.instance.style == "unified",
         ),
     )

@@ -51,20 +51,34 @@ class Inference:
     Args:
         settings: how many instances, and thresholds.
         diffusion_radius: how far semantics spread [m]; 0 = not at all.
-        semantic_classes: K of the semantics.
+        first_object_class: semantic class of the decoder's class 0; None = its classes are agnostic.
         logit_scores: the score head was trained as a logit (``losses.instance.style`` 'unified'), not as an IoU.
     """
 
     def __init__(
-        self, settings: InferenceSettings, *, diffusion_radius: float, semantic_classes: int, logit_scores: bool
+        self,
+        settings: InferenceSettings,
+        *,
+        diffusion_radius: float,
+        first_object_class: int | None,
+        logit_scores: bool,
     ) -> None:
         self.settings = settings
         self.diffusion_radius = diffusion_radius
-        self.semantic_classes = semantic_classes
+        self.first_object_class = first_object_class
         self.logit_scores = logit_scores
 
-    def __call__(self, predictions: Predictions, batch: Batch) -> list[ScenePrediction]:
-        """One entry a scene of the batch."""
+    def __call__(
+        self, predictions: Predictions, batch: Batch, *, class_agnostic: bool = False
+    ) -> list[ScenePrediction]:
+        """One entry a scene of the batch.
+
+        Args:
+            predictions: of the model.
+            batch: what they are of.
+            class_agnostic: a query is one instance, with the probability of being any object, instead of one a class;
+                all instances then have class 0.
+        """
         locals_ = [
             ids - first
             for ids, first in zip(
@@ -73,18 +87,28 @@ class Inference:
         ]
         coords = split_rows(batch.coords, batch.point_counts)
         return [
-            self._scene(predictions, scene, locals_[scene], coords[scene], batch.superpoint_counts[scene])
+            self._scene(
+                predictions, scene, locals_[scene], coords[scene], batch.superpoint_counts[scene], class_agnostic
+            )
             for scene in range(batch.batch_size)
         ]
 
     def _scene(
-        self, predictions: Predictions, scene: int, superpoint: Tensor, coords: Tensor, superpoints: int
+        self,
+        predictions: Predictions,
+        scene: int,
+        superpoint: Tensor,
+        coords: Tensor,
+        superpoints: int,
+        class_agnostic: bool,
     ) -> ScenePrediction:
         last = predictions.layers[-1]
         logits = last.masks[scene]
         if last.level == "superpoint":
             logits = logits.index_select(1, superpoint)
         classes = last.classes[scene].softmax(1)[:, :-1]
+        if predictions.query_classes is not None and self.first_object_class is not None:
+            classes = _of_own_class(classes, predictions.query_classes[scene] - self.first_object_class)
         if predictions.semantic is not None:
             semantic = _of_superpoints(
                 predictions.semantic[scene], predictions.query_superpoints[scene], superpoints
@@ -93,6 +117,8 @@ class Inference:
             semantic = self._of_masks(classes, logits)
         semantic = diffuse_semantics(semantic, coords, superpoint, superpoints, self.diffusion_radius)
         scores = None if last.scores is None else self._predicted(last.scores[scene])
+        if class_agnostic:
+            classes = classes.sum(1, keepdim=True)
         return ScenePrediction(semantic, *self._instances(classes, logits, scores))
 
     def _predicted(self, scores: Tensor) -> Tensor:
@@ -123,12 +149,18 @@ class Inference:
 
     def _of_masks(self, classes: Tensor, logits: Tensor) -> Tensor:
         """(N,) class with the largest sum over queries of class times mask probability (Cheng et al., "MaskFormer",
-        NeurIPS 2021, section 3.4); -1 where no mask covers the point, or the queries' classes are not the semantics'.
+        NeurIPS 2021, section 3.4); -1 where no mask covers the point, or the queries' classes are agnostic.
         """
-        if classes.shape[1] != self.semantic_classes:
+        if self.first_object_class is None:
             return torch.full((logits.shape[1],), -1, dtype=torch.int64, device=logits.device)
-        best = (classes.T @ logits.sigmoid()).argmax(0)
+        best = (classes.T @ logits.sigmoid()).argmax(0) + self.first_object_class
         return best.masked_fill(~(logits > 0).any(0), -1)
+
+
+def _of_own_class(classes: Tensor, own: Tensor) -> Tensor:
+    """Probabilities (Q, K) in which a text query has its own class alone; ``own`` (Q,) is negative for the others."""
+    others = torch.arange(classes.shape[1], device=classes.device)[None, :] != own[:, None]
+    return classes.masked_fill(others & (own >= 0)[:, None], 0.0)
 
 
 def _of_superpoints(logits: Tensor, query_superpoints: Tensor, superpoints: int) -> Tensor:

@@ -130,7 +130,7 @@ class Evaluator:
                 continue
             batch = batch.to(device)
             predictions = model.predictions(batch)
-            (scene,) = model.inference(predictions, batch)
+            (scene,) = model.inference(predictions, batch, class_agnostic=True)
             semantics.update(scene.semantic, batch.semantic)
             instances.append(
                 InstanceScene(

@@ -71,12 +71,13 @@ def infer(
     *,
     logit_scores: bool = False,
     radius: float = 0.0,
-    classes: int = 3,
+    first_class: int | None = None,
+    agnostic: bool = False,
     **settings: float,
 ) -> ScenePrediction:
     options = InferenceSettings.model_validate({"min_points": 1, **settings})
-    (scene,) = Inference(options, diffusion_radius=radius, semantic_classes=classes, logit_scores=logit_scores)(
-        given, batch
+    (scene,) = Inference(options, diffusion_radius=radius, first_object_class=first_class, logit_scores=logit_scores)(
+        given, batch, class_agnostic=agnostic
     )
     return scene
 
@@ -124,6 +125,25 @@ def test_every_class_of_a_query_is_a_candidate(one_scene: Batch) -> None:
     assert scene.scores.tolist() == pytest.approx([p * P_IN for p in (0.6, 0.5, 0.3, 0.1)])  # NMS within a class only
 
 
+def test_without_classes_a_query_is_one_instance(one_scene: Batch) -> None:
+    classes = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3]]).log()
+    scene = infer(one_scene, predictions([mask(0, 1), mask(4, 5)], [], classes=classes), agnostic=True)
+    assert scene.classes.tolist() == [0, 0]
+    assert scene.scores.tolist() == pytest.approx([0.8 * P_IN, 0.7 * P_IN])
+
+
+def test_a_text_query_has_objects_of_its_own_class_alone(one_scene: Batch) -> None:
+    classes = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3]]).log()
+    given = predictions([mask(0, 1), mask(4, 5)], [], classes=classes)
+    given = given._replace(query_classes=[torch.tensor([3, -1])])  # semantic class 3 is object class 1
+    scene = infer(one_scene, given, first_class=2)
+    assert list(zip(scene.classes.tolist(), scene.scores.tolist(), strict=True)) == [
+        (1, pytest.approx(0.6 * P_IN)),
+        (1, pytest.approx(0.3 * P_IN)),
+        (0, pytest.approx(0.1 * P_IN)),
+    ]
+
+
 def test_semantics_of_superpoints_and_of_those_without(one_scene: Batch) -> None:
     # three classes and "unlabelled"; superpoint 3 has no query, a learnable query says nothing of any superpoint
     semantic = torch.tensor([[9.0, 0, 0, 0], [0, 9.0, 0, 0], [0, 0, 9.0, 0], [0, 0, 0, 9.0]])
@@ -137,8 +157,9 @@ def test_without_semantic_logits_the_classes_of_the_masks_decide(one_scene: Batc
     classes = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1]]).log()
     given = predictions([mask(0, 1, 2, 3), mask(3, 4)], [], classes=classes)
     # at point 3 both masks: class 0 has .7 + .1, class 1 has .2 + .8; points 5-7 are in no mask
-    assert infer(one_scene, given, classes=2).semantic.tolist() == [0, 0, 0, 1, 1, -1, -1, -1]
-    assert infer(one_scene, given, classes=200).semantic.tolist() == [-1] * 8  # other classes than the semantics'
+    assert infer(one_scene, given, first_class=0).semantic.tolist() == [0, 0, 0, 1, 1, -1, -1, -1]
+    assert infer(one_scene, given, first_class=2).semantic.tolist() == [2, 2, 2, 3, 3, -1, -1, -1]
+    assert infer(one_scene, given).semantic.tolist() == [-1] * 8  # agnostic classes say nothing of semantics
 
 
 def test_matrix_nms_by_its_formula() -> None:
