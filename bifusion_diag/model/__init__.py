@@ -11,7 +11,8 @@ Nothing is imported here: who needs only the sparse engine or the outputs does n
                        and ``gate``
 ``unet``               Res16UNet on the engines of ``sparse``
 ``pooling``            points → superpoints
-``decoder``            superpoint queries → instances, with ``attention``
+``decoder``            superpoint, text and learnable queries → instances, with ``attention``
+``mask3d``             point queries → instances, with ``fps``, ``fourier`` and ``scale_pooling``
 ``segments``           sums and means over the points of a superpoint
 ``losses``             one file a loss term
 ``checkpoints``        weights of other projects and of earlier runs, read by ``weight_files``

@@ -77,9 +77,9 @@ class Predictions(NamedTuple):
     classes are agnostic. A text query's objects are of its own class.
 
     Semantics are read from ``semantic`` of the superpoint queries: a superpoint's class is the most probable one of its
-    query, the last column left out. Without ``semantic`` (Mask3D) they are read as MaskFormer does (Cheng et al.,
-    NeurIPS 2021, section 3.4): a superpoint's class is the object class with the largest sum over the queries of
-    (class probability · mask probability); classes of stuff are then never predicted, because no object has them.
+    query; the last column ("unlabelled") learns nothing. Without ``semantic`` (Mask3D) they are read as MaskFormer does
+    (Cheng et al., NeurIPS 2021, section 3.4): a superpoint's class is the object class with the largest sum over the
+    queries of (class probability · mask probability); stuff is then never taught, because no object is of it.
     """
 
     layers: list[LayerPrediction]  # from the initial queries to the last decoder layer

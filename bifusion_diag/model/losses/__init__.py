@@ -6,7 +6,7 @@
 ``targets``                ground truth at point and superpoint level
 ``matcher``                which query is responsible for which object
 ``semantic``               cross-entropy over the semantic classes
-``instance``               ESAM's and document 003's instance loss, from ``classification``, ``masks``, ``boxes``
+``instance``               ESAM's, Mask3D's and document 003's instance loss: ``classification``, ``masks``, ``boxes``
 ``clip_align``             2D and 3D features together
 ``spatial_consistency``    similar features of neighbouring points
 ``no_view``                pseudo-labels for points that no view sees
