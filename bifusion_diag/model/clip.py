@@ -122,11 +122,10 @@ class ClipVisual(nn.Module):
         return self.cache.fetch(key.hexdigest(), self._shape(), self._dtype(), image.device, compute)
 
     def _know(self, prefix: list[_Part]) -> None:
-        """See whether anything has changed that the cached tokens depend on: the frozen weights, how many parts are
-        frozen, where and how they are computed."""
+        """See whether anything has changed that the cached tokens depend on: which weights are frozen and what they
+        are, where and how the tokens are computed."""
         weights = [p for part in prefix for p in part.parameters]
         known = (
-            len(prefix),
             self.mean.device,
             self._dtype(),
             torch.get_num_threads(),

@@ -268,6 +268,26 @@ def test_a_machine_that_computes_other_bits_has_other_entries(monkeypatch: pytes
     assert passes.count == 4
 
 
+def test_weights_that_the_test_image_does_not_tell_apart_have_entries_of_their_own() -> None:
+    def blind(clip: ClipVisual) -> Passes:
+        passes = Passes(clip)
+        clip.visual.ln_post.register_forward_hook(lambda *io: io[2] if passes.count > 1 else torch.zeros_like(io[2]))
+        return passes
+
+    images = some_images()
+    counts, tokens = [], []
+    for scale in (1.0, 1.0, 1.5):
+        clip = tower(cache_folder="kept")
+        with torch.no_grad():
+            clip.visual.transformer.resblocks[3].mlp.c_fc.weight.mul_(scale)
+        passes = blind(clip)
+        tokens.append(clip(images).tokens)
+        counts.append(passes.count)
+    assert counts == [4, 1, 4]
+    assert torch.equal(tokens[0], tokens[1])
+    assert not torch.equal(tokens[0], tokens[2])
+
+
 def test_tokens_kept_in_inference_mode_serve_training() -> None:
     clip, images = tower(tune="blocks", tune_blocks=1), some_images()
     with torch.inference_mode():
