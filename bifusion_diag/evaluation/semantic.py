@@ -30,8 +30,7 @@ class SemanticIoU:
             answer: (N,) int64 in 0..K-1, -1 = background.
             truth: (N,) int64 in 0..K-1, -1 = unlabelled.
         """
-        # On the CPU: under deterministic algorithms, torch counts on a GPU (as torchmetrics does everywhere) by comparing
-        # every point with every pair of classes.
+        # On the CPU: a GPU has no deterministic count but the comparison of every point with every pair of classes.
         answer, truth = torch.where(answer < 0, self.classes, answer).cpu(), truth.cpu()
         pairs = (truth * (self.classes + 1) + answer)[truth >= 0]
         self._counts += torch.bincount(pairs, minlength=self._counts.numel()).view_as(self._counts)
