@@ -199,3 +199,16 @@ def test_the_main_job_on_real_frames(
     assert valid.value.min() > 0.95  # single views: nearly every point is seen by its own frame
     code, text = command(monkeypatch, capsys, "compare", "baseline-5cm.json", "bifusion.json", "--html", "report.html")
     assert (code, "pseudo-labels" in Path("report.html").read_text()) == (0, True), text
+
+
+def test_clip_cache_is_filled_and_a_place_that_takes_none_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("file").write_text("")
+    code, text = command(monkeypatch, capsys, "train", *SMALL, "--clip-cache", "file", "--out", "run.json")
+    assert (code, Path("run.json").exists(), Path("run.record").exists()) == (2, False, False)
+    assert "model.clip.cache_folder: nothing can be kept in file" in text
+    assert "Traceback" not in text
+    code, text = command(monkeypatch, capsys, "train", *SMALL, "--clip-cache", "kept", "--out", "run.json")
+    assert code == 0, text
+    assert len(list(Path("kept").rglob("*.safetensors"))) == 2  # one an image: two scenes of one view
