@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -44,9 +45,9 @@ def _decoder(settings: DecoderSettings = SMALL) -> Mask3DDecoder:
     return Mask3DDecoder(settings, TINY.planes[-1], TINY.planes[3:])
 
 
-def _encode(batch: Batch) -> EncoderOutput:
+def _encode(batch: Batch, engine: str = "native") -> EncoderOutput:
     """The voxels of a U-Net, with features that depend on nothing but where a voxel lies in its scene."""
-    encoder = Encoder3D(TINY, engine=make_engine("native"), scales=True).eval().to(batch.coords.dtype)
+    encoder = Encoder3D(TINY, engine=make_engine(engine), scales=True).eval().to(batch.coords.dtype)
     scales = encoder(batch).scales
     assert scales is not None
     tensors = []
@@ -57,9 +58,9 @@ def _encode(batch: Batch) -> EncoderOutput:
     return EncoderOutput(fused=fused, f3d=fused, scales=Scales(tensors, scales.point_voxel))
 
 
-def _decode(decoder: Mask3DDecoder, batch: Batch) -> DecoderOutput:
+def _decode(decoder: Mask3DDecoder, batch: Batch, engine: str = "native") -> DecoderOutput:
     torch.manual_seed(0)
-    encoded = _encode(batch)
+    encoded = _encode(batch, engine)
     pooled = MeanPooling()(encoded.fused, batch.coords, batch.superpoint, sum(batch.superpoint_counts))
     return decoder(*decoder.inputs(encoded, pooled, batch))
 
@@ -339,3 +340,14 @@ def test_drawn_voxels_keep_their_places(batch_of_two: Callable[..., Batch]) -> N
     codes = decoder._key_places(level, every)
     found = decoder._key_places(level, [torch.tensor([3, 1]), torch.tensor([2])])
     torch.testing.assert_close(found, codes[torch.tensor([3, 1, len(every[0]) + 2])])
+
+
+def test_both_engines_draw_the_same_voxels(batch_of_two: Callable[..., Batch]) -> None:
+    """MinkowskiEngine numbers coarse voxels in an order of its own."""
+    if importlib.util.find_spec("MinkowskiEngine") is None:
+        pytest.skip("MinkowskiEngine is not installed (`make minkowski`)")
+    batch, decoder = batch_of_two(), _decoder()
+    native, minkowski = _decode(decoder, batch), _decode(decoder, batch, "minkowski")
+    for scene in (0, 1):
+        for ours, theirs in zip(_tensors(native, scene), _tensors(minkowski, scene), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
