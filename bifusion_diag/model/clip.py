@@ -96,6 +96,8 @@ class ClipVisual(nn.Module):
         depth = learns.index(True) if True in learns else len(parts)
         prefix, tail = parts[:depth], parts[depth:]
         with torch.no_grad():
+            if self.cache.active:
+                self._know(prefix)
             # concatenation copies: nobody gets hold of what the cache keeps
             states = torch.cat([self._frozen(image, prefix) for image in images.flatten(0, 1)]) if prefix else None
         if tail:
@@ -115,7 +117,6 @@ class ClipVisual(nn.Module):
 
         if not self.cache.active:
             return compute()
-        self._know(prefix)
         key = hashlib.sha256(self._digest)
         key.update(f"{image.dtype} {tuple(image.shape)}".encode())
         key.update(raw_bytes(image).data)

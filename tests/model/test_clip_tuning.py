@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch.nn.utils.parametrize import remove_parametrizations
 
+from bifusion_diag.config import load_settings
 from bifusion_diag.config.settings import ClipSettings
 from bifusion_diag.errors import UserError
+from bifusion_diag.model.build import build_model
 from bifusion_diag.model.clip import ClipVisual
 
 D, RANK = 32, 4
@@ -200,3 +202,15 @@ def test_weights_are_loaded_before_the_updates_are_put_on(
     assert lora.provenance == plain.provenance
     with torch.no_grad():
         assert torch.equal(lora(images).tokens, plain(images).tokens)
+
+
+@pytest.mark.parametrize(
+    ("tune", "learns"), [("lora", 2 * 6 * 8 * 768), ("blocks", 2 * (12 * 768**2 + 13 * 768) + 2 * 768)]
+)
+def test_at_full_size_the_parts_count_what_learns(tune: str, learns: int) -> None:
+    with torch.device("meta"):
+        size = build_model(load_settings("bifusion", overrides=[f"model.clip.tune={tune}"])).part_sizes()[
+            "encoder.clip"
+        ]
+    assert size.trainable == learns
+    assert size.total == 86_192_640 + (learns if tune == "lora" else 0)

@@ -9,10 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from bifusion_diag.config import load_settings
 from bifusion_diag.config.settings import ClipSettings
 from bifusion_diag.data.scannet200 import CLASS_NAMES
 from bifusion_diag.errors import UserError
 from bifusion_diag.model import text as text_module
+from bifusion_diag.model.build import build_model
 from bifusion_diag.model.clip_weights import build_text
 from bifusion_diag.model.text import class_text_features, encode_text, tokenize
 
@@ -170,3 +172,16 @@ def test_counting_computes_nothing() -> None:
     with torch.device("meta"):
         features, _ = class_text_features(ClipSettings(), CLASS_NAMES)
     assert (features.shape, features.device.type) == ((200, 512), "meta")
+
+
+def test_text_queries_and_low_rank_updates_leave_all_other_random_weights_as_they_are() -> None:
+    states = []
+    for overrides in ((), ("model.decoder.text_queries=true", "model.clip.tune=lora")):
+        torch.manual_seed(0)
+        states.append(build_model(load_settings("bifusion", scale="small", overrides=overrides)).state_dict())
+    plain, both = (
+        {name.replace("parametrizations.", "").replace(".original", ""): v for name, v in state.items()}
+        for state in states
+    )
+    assert plain.keys() < both.keys()
+    assert [name for name in plain if not torch.equal(plain[name], both[name])] == []
