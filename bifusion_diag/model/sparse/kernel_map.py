@@ -39,13 +39,15 @@ class PairTable:
     mirrored = False
 
     def __init__(self, table: Tensor, *, centre: int | None = None, single: bool = False) -> None:
-        self.table = table
+        self._table: Tensor | None = table
+        self.rows = table.shape[1]
         self.centre = centre
         self.single = single
 
     @property
-    def rows(self) -> int:
-        return self.table.shape[1]
+    def table(self) -> Tensor:
+        """(K, M) int32 partner row of every offset and row, -1 = none."""
+        return (self.columns - 1).t() if self._table is None else self._table
 
     @cached_property
     def chunks(self) -> list[Chunk]:
@@ -54,8 +56,10 @@ class PairTable:
 
     @cached_property
     def columns(self) -> Tensor:
-        """(M, K) int32 partner row plus one of every row and offset, 0 = none."""
-        return (self.table + 1).t().contiguous()  # in this order the transposition is a blocked copy
+        """(M, K) int32 partner row plus one of every row and offset, 0 = none. It takes the place of the table."""
+        columns = (self.table + 1).t().contiguous()  # in this order the transposition is a blocked copy
+        self._table = None
+        return columns
 
     def reversed(self, rows: int, *, single: bool = False) -> PairTable:
         """The same pairs seen from the other side, which has so many rows. Under one offset rows meet one to one."""
@@ -75,8 +79,14 @@ class MirroredTable(PairTable):
     mirrored = True
 
     def __init__(self, original: PairTable) -> None:
-        super().__init__(original.table, centre=original.centre)
         self._original = original
+        self.rows = original.rows
+        self.centre = original.centre
+        self.single = original.single
+
+    @property
+    def table(self) -> Tensor:
+        return self._original.table.flip(0)
 
     @cached_property
     def chunks(self) -> list[Chunk]:

@@ -110,7 +110,6 @@ def on_meta(voxels: Voxels) -> Voxels:
     for kernel_map in maps._maps.values():
         for table in (kernel_map.forward, kernel_map.backward):
             table.__dict__["columns"] = table.columns.to("meta")
-            table.table = table.table.to("meta")
     groups = voxels.groups._replace(**{name: value.to("meta") for name, value in voxels.groups._asdict().items()})
     return Voxels(SparseTensor(voxels.tensor.feats.to("meta"), 1, maps), groups)
 
