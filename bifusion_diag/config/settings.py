@@ -169,6 +169,9 @@ class InferenceSettings(Strict):
     mask_threshold: Share = Field(0.5, description="probability above which a point is in a mask")
     min_score: Share = Field(0.0, description="instances must score more; a copy of a better mask scores 0")
     min_points: Positive = Field(10, description="fewest points of an instance")
+    semantic_confidence: Share = Field(
+        0.0, description="a superpoint whose class is less probable has no semantics; see `diffusion_radius`"
+    )
 
 
 class ModelSettings(Strict):
@@ -185,8 +188,8 @@ class ModelSettings(Strict):
     sparse_engine: Literal["auto", "native", "minkowski"] = "auto"
     init_from: str | None = Field(
         None,
-        description="a file of weights to begin with: ESAM, OneFormer3D, Mask3D, a Res16UNet alone, or an earlier run's "
-        "state.safetensors; what does not fit begins fresh",
+        description="a file of weights to begin with: ESAM, OneFormer3D, Mask3D, a Res16UNet alone, or an earlier "
+        "run's state.safetensors; what does not fit begins fresh",
     )
     pooling: Literal["geometry", "mean"] = Field(
         "geometry", description="points to superpoints: ESAM's geometry-aware pooling, or the plain mean (OneFormer3D)"
@@ -345,7 +348,7 @@ class TrainingSettings(Strict):
     stages: Literal["none", "heads_first", "three_phase"] = Field(
         "heads_first",
         description="which parts learn when: 'heads_first' = S0, S1, S2 of document 003; 'three_phase' = phase 3 of "
-        "document 000 (3D alone, CLIP at a very low rate, everything). true and false stand for 'heads_first' and 'none'",
+        "document 000 (3D alone, CLIP at a very low rate, everything). true stands for 'heads_first', false for 'none'",
     )
     reference_steps: Positive = Field(
         33_000, description="the documents' run length; their counts are scaled by steps/this"

@@ -111,7 +111,10 @@ class Inference:
             classes = _of_own_class(classes, predictions.query_classes[scene] - self.first_object_class)
         if predictions.semantic is not None:
             semantic = _of_superpoints(
-                predictions.semantic[scene], predictions.query_superpoints[scene], superpoints
+                predictions.semantic[scene],
+                predictions.query_superpoints[scene],
+                superpoints,
+                self.settings.semantic_confidence,
             ).index_select(0, superpoint)
         else:
             semantic = self._of_masks(classes, logits)
@@ -163,16 +166,18 @@ def _of_own_class(classes: Tensor, own: Tensor) -> Tensor:
     return classes.masked_fill(others & (own >= 0)[:, None], 0.0)
 
 
-def _of_superpoints(logits: Tensor, query_superpoints: Tensor, superpoints: int) -> Tensor:
-    """Semantics (S,) of the superpoints, -1 where the last logit ("unlabelled") wins or no query is the superpoint's.
+def _of_superpoints(logits: Tensor, query_superpoints: Tensor, superpoints: int, confidence: float) -> Tensor:
+    """Semantics (S,) of the superpoints, -1 where the answer is less probable than ``confidence`` or no query is the
+    superpoint's.
 
     Args:
-        logits: (Q, K + 1).
+        logits: (Q, K + 1). The last, "unlabelled", takes no part in the loss, and so none here.
         query_superpoints: (Q,) int64, -1 = a query that is no superpoint's.
         superpoints: S.
+        confidence: least probability of an answer.
     """
-    answer = logits.argmax(1)
-    answer = torch.where(answer == logits.shape[1] - 1, -1, answer)
+    probability, answer = logits[:, :-1].softmax(1).max(1)
+    answer = answer.masked_fill(probability < confidence, -1)
     own = query_superpoints >= 0
     return answer.new_full((superpoints,), -1).index_copy(0, query_superpoints[own], answer[own])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -145,12 +146,17 @@ def test_a_text_query_has_objects_of_its_own_class_alone(one_scene: Batch) -> No
 
 
 def test_semantics_of_superpoints_and_of_those_without(one_scene: Batch) -> None:
-    # three classes and "unlabelled"; superpoint 3 has no query, a learnable query says nothing of any superpoint
-    semantic = torch.tensor([[9.0, 0, 0, 0], [0, 9.0, 0, 0], [0, 0, 9.0, 0], [0, 0, 0, 9.0]])
+    # three classes and "unlabelled"; superpoint 3 has no query, a learnable query says nothing of any superpoint, and
+    # superpoint 1 is class 0 with probability 1.5 / 3.5, whatever "unlabelled" says
+    unsure = [math.log(1.5), 0.0, 0.0, 9.0]
+    semantic = torch.tensor([[9.0, 0, 0, 0], [0, 9.0, 0, 0], [0, 0, 9.0, 0], unsure])
     given = predictions([mask(0)] * 4, [0.9] * 4, semantic=semantic, query_superpoints=torch.tensor([-1, 0, 2, 1]))
-    assert infer(one_scene, given).semantic.tolist() == [1, 1, -1, -1, 2, 2, -1, -1]
+    assert infer(one_scene, given).semantic.tolist() == [1, 1, 0, 0, 2, 2, -1, -1]
+    assert infer(one_scene, given, semantic_confidence=0.42).semantic.tolist() == [1, 1, 0, 0, 2, 2, -1, -1]
+    assert infer(one_scene, given, semantic_confidence=0.43).semantic.tolist() == [1, 1, -1, -1, 2, 2, -1, -1]
     # centres of the labelled ones: 0.05 and 0.45; the points without lie at 0.2, 0.3, 0.6, 0.7
-    assert infer(one_scene, given, radius=0.16).semantic.tolist() == [1, 1, 1, 2, 2, 2, 2, -1]
+    spread = infer(one_scene, given, semantic_confidence=0.43, radius=0.16)
+    assert spread.semantic.tolist() == [1, 1, 1, 2, 2, 2, 2, -1]
 
 
 def test_without_semantic_logits_the_classes_of_the_masks_decide(one_scene: Batch) -> None:

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from bifusion_diag.config.settings import NoViewSettings, SpatialConsistencySettings
 from bifusion_diag.data.batch import Batch
-from bifusion_diag.model.neighbours import draw
 from bifusion_diag.model.losses.no_view import no_view_loss
 from bifusion_diag.model.losses.spatial_consistency import spatial_consistency_loss
+from bifusion_diag.model.neighbours import draw
 from bifusion_diag.model.outputs import EncoderOutput
 
 
