@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from bifusion_diag.config.settings import BackboneSettings
-from bifusion_diag.model.sparse import SparseTensor, chunks, make_engine
+from bifusion_diag.model.sparse import SparseTensor, chunks, columns, make_engine
+from bifusion_diag.model.sparse.convolution import Strategy
+from bifusion_diag.model.sparse.native import NativeEngine
 from bifusion_diag.model.unet import Res16UNet
 
 RES16UNET34C = BackboneSettings(layers=(2, 3, 4, 6, 2, 2, 2, 2), planes=(32, 64, 128, 256, 256, 128, 96, 96))
@@ -142,14 +144,19 @@ def test_whole_net_agrees_with_minkowski_engine_in_float64() -> None:
         assert relative_error(results[1][name], theirs.detach()) < 1e-10, name
 
 
-def test_bits_do_not_depend_on_the_run_or_the_order_of_points(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("strategy", ["pairs", "columns"])
+def test_bits_do_not_depend_on_the_run_or_the_order_of_points(
+    strategy: Strategy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(chunks, "CHUNK_ROWS", 50)
+    monkeypatch.setattr(columns, "CHUNK_NUMBERS_CPU", 5000)
     coords, feats, index = surface()
-    first = Res16UNet(TINY.model_copy(update={"voxel_size": 0.05}), engine=NATIVE)
+    engine = NativeEngine(strategy)
+    first = Res16UNet(TINY.model_copy(update={"voxel_size": 0.05}), engine=engine)
     weight = torch.randn(len(coords), 8)
     results = []
     for order in (torch.arange(400), torch.arange(400), torch.randperm(400)):
-        net = Res16UNet(TINY.model_copy(update={"voxel_size": 0.05}), engine=NATIVE)
+        net = Res16UNet(TINY.model_copy(update={"voxel_size": 0.05}), engine=engine)
         net.load_state_dict(first.state_dict())
         out = point_features(net, coords[order], feats[order], index[order])
         (out * weight[order]).sum().backward()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bifusion_diag.model.sparse import Engine, make_engine
+from bifusion_diag.model.sparse.native import NativeEngine
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 
@@ -28,12 +29,12 @@ def golden() -> Callable[[str], dict[str, Tensor]]:
     return load
 
 
-@pytest.fixture(params=["native", "minkowski"])
+@pytest.fixture(params=["pairs", "columns", "minkowski"])
 def engine(request: pytest.FixtureRequest) -> Engine:
-    """Each engine in turn."""
+    """Each engine in turn, the native one with each of its algorithms."""
     if request.param == "minkowski" and importlib.util.find_spec("MinkowskiEngine") is None:
         pytest.skip("MinkowskiEngine is not installed (`make minkowski`)")
-    return make_engine(request.param)
+    return make_engine("minkowski") if request.param == "minkowski" else NativeEngine(request.param)
 
 
 @pytest.fixture
