@@ -14,15 +14,13 @@ from torch import Tensor
 # Output rows worked on at once: their products, K · rows · channels numbers, bound the memory.
 CHUNK_ROWS = 2048
 # Pairs gathered at once: with some 100 channels they stay in a core's second-level cache until they are multiplied.
-PIECE_PAIRS = 2048
+PIECE_PAIRS = 4096
 
 
 @dataclass(frozen=True)
 class Piece:
     """Consecutive pairs of a chunk: whole runs of one offset each."""
 
-    start: int  # first pair, counted in the chunk
-    stop: int
     source: Tensor  # (P,) int32 input row of each pair
     local: Tensor  # (P,) int32 output row of each pair, counted from the chunk's first row
     offsets: tuple[int, ...]  # kernel index of each run
@@ -39,7 +37,8 @@ class Chunk:
     start: int
     stop: int
     pieces: tuple[Piece, ...]
-    pairs: int  # pairs of all pieces
+    lengths: tuple[int, ...]  # pairs of each run of all pieces
+    pairs: int  # their sum
     bag: Tensor  # (pairs or pairs + rows,) int32 pairs sorted by (row, offset)
     bag_start: Tensor  # (rows,) int32 where each row's pairs start in `bag`
 
@@ -66,10 +65,12 @@ def _chunk(table: Tensor, kernel_index: list[int], start: int, stop: int, has_ce
     source = part.view(-1).index_select(0, cell)
     per_row = hit.sum(0, dtype=torch.int32)
     position = (hit.view(-1).cumsum(0, dtype=torch.int32) - 1).view_as(hit).t().contiguous()
+    pieces = _pieces(source, (cell % rows).int(), kernel_index, listed.sum(1).tolist())
     return Chunk(
         start,
         stop,
-        pieces=_pieces(source, (cell % rows).int(), kernel_index, listed.sum(1).tolist()),
+        pieces=pieces,
+        lengths=tuple(length for piece in pieces for length in piece.lengths),
         pairs=len(source),
         bag=position.view(-1).index_select(0, hit.t().flatten().nonzero().view(-1)),
         bag_start=per_row.cumsum(0, dtype=torch.int32) - per_row,
@@ -90,8 +91,6 @@ def _pieces(source: Tensor, local: Tensor, kernel_index: list[int], lengths: lis
     bounds = [0, *accumulate(sum(length for _, length in group) for group in groups)]
     return tuple(
         Piece(
-            start,
-            stop,
             source[start:stop],
             local[start:stop],
             offsets=tuple(index for index, _ in group),

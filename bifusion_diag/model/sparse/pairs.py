@@ -30,16 +30,11 @@ def convolve(feats: Tensor, kernel: Tensor, kernel_map: KernelMap, work: Workspa
     for chunk in table.chunks:
         rows = slice(chunk.start, chunk.stop)
         products = _products(chunk, table, kernel.shape[2], feats, work)
+        room = iter(products[: chunk.pairs].split(chunk.lengths))
         for piece in chunk.pieces:
-            gathered = work.gather("gathered", feats, piece.source)
-            runs = zip(
-                piece.offsets,
-                gathered.split(piece.lengths),
-                products[piece.start : piece.stop].split(piece.lengths),
-                strict=True,
-            )
-            for index, partners, product in runs:
-                torch.mm(partners, kernels[index], out=product)
+            gathered = work.gather("gathered", feats, piece.source).split(piece.lengths)
+            for index, partners in zip(piece.offsets, gathered, strict=True):
+                torch.mm(partners, kernels[index], out=next(room))
         if table.centre is not None:
             torch.mm(feats[rows], kernels[table.centre], out=products[chunk.pairs :])
         _reduce(chunk, products, table, out[rows])
@@ -65,14 +60,12 @@ def gradients(
     for chunk in table.chunks:
         rows = slice(chunk.start, chunk.stop)
         products = _products(chunk, table, kernel.shape[1], feats, work)
+        room = iter(products[: chunk.pairs].split(chunk.lengths))
         for piece in chunk.pieces:
             gathered = work.gather("gathered", grad_out, piece.source).split(piece.lengths)
             if grad_feats is not None:
-                runs = zip(
-                    piece.offsets, gathered, products[piece.start : piece.stop].split(piece.lengths), strict=True
-                )
-                for index, grads, product in runs:
-                    torch.mm(grads, kernels[index], out=product)
+                for index, grads in zip(piece.offsets, gathered, strict=True):
+                    torch.mm(grads, kernels[index], out=next(room))
             if sums is not None:
                 own = work.gather("own", feats[rows], piece.local).t().split(piece.lengths, 1)
                 for index, inputs, grads in zip(piece.offsets, own, gathered, strict=True):
