@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from bifusion_diag.config.settings import Settings
 from bifusion_diag.errors import UserError, near_matches
@@ -199,11 +200,15 @@ def _validated(values: Mapping[str, Any], where: str) -> Settings:
     try:
         return Settings.model_validate(dict(values))
     except ValidationError as error:
-        lines = [
-            f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']} (got {item['input']!r})"
-            for item in error.errors()
-        ]
-        raise ConfigError(f"{where}: " + "; ".join(lines)) from error
+        raise ConfigError(f"{where}: " + "; ".join(map(_explained, error.errors()))) from error
+
+
+def _explained(item: ErrorDetails) -> str:
+    """One of pydantic's errors. The values of a whole section are not repeated: its message names those that matter."""
+    place = ".".join(str(part) for part in item["loc"])
+    message = item["msg"].removeprefix("Value error, ")
+    got = "" if item["type"] == "value_error" and isinstance(item["input"], Mapping) else f" (got {item['input']!r})"
+    return f"{place}: {message}{got}"
 
 
 def _narrowed(values: dict[str, Any]) -> dict[str, Any]:
