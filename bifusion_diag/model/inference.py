@@ -108,7 +108,7 @@ class Inference:
             logits = logits.index_select(1, superpoint)
         classes = last.classes[scene].softmax(1)[:, :-1]
         if predictions.query_classes is not None and self.first_object_class is not None:
-            classes = _of_own_class(classes, predictions.query_classes[scene] - self.first_object_class)
+            classes = _of_own_class(classes, predictions.query_classes[scene], self.first_object_class)
         if predictions.semantic is not None:
             semantic = _of_superpoints(
                 predictions.semantic[scene],
@@ -160,10 +160,17 @@ class Inference:
         return best.masked_fill(~(logits > 0).any(0), -1)
 
 
-def _of_own_class(classes: Tensor, own: Tensor) -> Tensor:
-    """Probabilities (Q, K) in which a text query has its own class alone; ``own`` (Q,) is negative for the others."""
-    others = torch.arange(classes.shape[1], device=classes.device)[None, :] != own[:, None]
-    return classes.masked_fill(others & (own >= 0)[:, None], 0.0)
+def _of_own_class(classes: Tensor, query_classes: Tensor, first_object_class: int) -> Tensor:
+    """Probabilities (Q, K) in which a text query has its own class alone, and one of stuff none.
+
+    Args:
+        classes: (Q, K).
+        query_classes: (Q,) int64 semantic class of a text query, -1 = not a text query.
+        first_object_class: semantic class of object class 0.
+    """
+    semantic = first_object_class + torch.arange(classes.shape[1], device=classes.device)
+    others = semantic[None, :] != query_classes[:, None]
+    return classes.masked_fill(others & (query_classes >= 0)[:, None], 0.0)
 
 
 def _of_superpoints(logits: Tensor, query_superpoints: Tensor, superpoints: int, confidence: float) -> Tensor:

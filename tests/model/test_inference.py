@@ -145,6 +145,13 @@ def test_a_text_query_has_objects_of_its_own_class_alone(one_scene: Batch) -> No
     ]
 
 
+def test_a_text_query_of_stuff_has_no_objects(one_scene: Batch) -> None:
+    classes = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3]]).log()
+    given = predictions([mask(0, 1), mask(4, 5)], [], classes=classes)
+    given = given._replace(query_classes=[torch.tensor([0, 1])])  # wall and floor, which are no object classes
+    assert len(infer(one_scene, given, first_class=2).scores) == 0
+
+
 def test_semantics_of_superpoints_and_of_those_without(one_scene: Batch) -> None:
     # three classes and "unlabelled"; superpoint 3 has no query, a learnable query says nothing of any superpoint, and
     # superpoint 1 is class 0 with probability 1.5 / 3.5, whatever "unlabelled" says
