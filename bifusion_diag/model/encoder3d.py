@@ -35,7 +35,7 @@ class Encoder3D(nn.Module):
         if not self.scales:
             features = voxels.slice(self.backbone(voxels.tensor))
             return EncoderOutput(fused=features, f3d=features)
-        tensors = self.backbone.scales(voxels.tensor)
+        tensors = self.backbone(voxels.tensor, every_scale=True)
         features = voxels.slice(tensors[-1])
         return EncoderOutput(fused=features, f3d=features, scales=Scales(tensors, voxels.inverse))
 

@@ -123,14 +123,16 @@ class Res16UNet(nn.Module):
             found += [Geometry(stride, 2, stride=2), Geometry(2 * stride, 3)]
         return found
 
-    def scales(self, x: SparseTensor) -> list[SparseTensor]:
-        """Features of every scale of the way up, coarsest first.
+    def forward(self, x: SparseTensor, *, every_scale: bool = False) -> SparseTensor | list[SparseTensor]:
+        """Features of the voxels.
 
         Args:
             x: (M, in_channels) on the finest voxels.
+            every_scale: return the features of every scale of the way up.
 
         Returns:
-            Five tensors: after ``block4`` (stride 16), ``block5`` (8), ``block6`` (4), ``block7`` (2), ``block8`` (1).
+            (M, out_channels) on the same voxels; or five tensors, coarsest first: after ``block4`` (stride 16),
+            ``block5`` (8), ``block6`` (4), ``block7`` (2), and ``block8`` (1), which is the one returned otherwise.
         """
         x = self.relu(self.bn0(self.conv0p1s1(x)))
         skips = []
@@ -143,8 +145,4 @@ class Res16UNet(nn.Module):
             x = self.relu(self.get_submodule(norm)(self.get_submodule(conv)(x)))
             x = self.get_submodule(block)(concatenate([x, skips.pop()]))
             scales.append(x)
-        return scales
-
-    def forward(self, x: SparseTensor) -> SparseTensor:
-        """Features of the voxels: (M, in_channels) -> (M, out_channels) on the same voxels."""
-        return self.scales(x)[-1]
+        return scales if every_scale else x

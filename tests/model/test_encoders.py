@@ -65,11 +65,15 @@ def test_baseline_hands_on_the_unets_features(batch_of_two: Callable[..., Batch]
 def test_scales_come_beside_the_same_features(batch_of_two: Callable[..., Batch]) -> None:
     batch = batch_of_two()
     outputs = []
+    watched = []
     for scales in (False, True):
         torch.manual_seed(0)
         encoder = Encoder3D(BACKBONE, engine=make_engine("native"), scales=scales).eval()
+        encoder.backbone.register_forward_hook(lambda _module, _args, out: watched.append(out))
         outputs.append(encoder(batch))
     plain, rich = outputs
+    assert len(watched) == 2  # the U-Net's hooks see both ways
+    assert watched[1] is rich.scales.tensors
     assert torch.equal(plain.fused, rich.fused)
     assert [tensor.stride for tensor in rich.scales.tensors] == [16, 8, 4, 2, 1]
     assert torch.equal(rich.scales.tensors[-1].feats[rich.scales.point_voxel], rich.fused)

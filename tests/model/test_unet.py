@@ -171,7 +171,7 @@ def test_scales_are_what_the_blocks_return_and_the_last_is_the_forward() -> None
     for name in ("block4", "block5", "block6", "block7", "block8"):
         net.get_submodule(name).register_forward_hook(lambda _module, _args, out: seen.append(out))
     voxels = net.voxelize(*surface())
-    scales = net.scales(voxels.tensor)
+    scales = net(voxels.tensor, every_scale=True)
     assert [scale.stride for scale in scales] == [16, 8, 4, 2, 1]
     assert [scale.feats.shape[1] for scale in scales] == [16, 16, 16, 8, 8]
     assert all(scale is out for scale, out in zip(scales, seen, strict=True))
