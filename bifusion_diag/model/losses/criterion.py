@@ -26,7 +26,7 @@ class Criterion(nn.Module):
     Args:
         settings: the losses.
         decoder: which heads exist.
-        fused: the encoder has 2D features; without them there are no clip and no auxiliary terms.
+        fused: the encoder has 2D features; without them there are no ``clip_align`` and no ``no_view``.
 
     Raises:
         UserError: no term is left.
@@ -105,7 +105,7 @@ def _active_terms(settings: LossSettings, decoder: DecoderSettings, fused: bool)
     if not decoder.box_head:
         missing.add("instance_box")
     if not fused:
-        missing |= {"clip_align", "spatial_consistency", "no_view"}
+        missing |= {"clip_align", "no_view"}
     own = {"semantic": settings.semantic.weight}
     own |= {name: settings.instance.weight * part for name, part in _instance_parts(settings).items()}
     own["clip_align"] = settings.clip_align.weight

@@ -55,6 +55,13 @@ def test_presets_have_their_terms_in_fixed_order(preset: str, terms: tuple[str, 
     assert criterion.term_names == terms
 
 
+def test_without_2d_features_the_terms_that_compare_with_them_are_missing_and_no_others() -> None:
+    criterion = _criterion(fused=False)
+    assert criterion.term_names == (*ALL_TERMS[:4], "spatial_consistency")
+    bare = load_settings("bifusion-simple")  # 001's plan A names the semantic loss alone
+    assert Criterion(bare.losses, bare.model.decoder, fused=bare.model.uses_clip).term_names == ("semantic",)
+
+
 def test_total_is_the_weighted_sum_and_follows_the_schedule(
     batch_of: Callable[..., Batch], predict: Callable[..., Predictions]
 ) -> None:
@@ -155,7 +162,7 @@ def test_the_batch_is_left_alone_and_a_rerun_gives_the_same_bits(
 
 def test_bad_settings_are_explained() -> None:
     with pytest.raises(UserError, match="every term that this model can have has weight 0"):
-        _criterion(fused=False, semantic={"weight": 0}, instance={"weight": 0})
+        _criterion(fused=False, semantic={"weight": 0}, instance={"weight": 0}, spatial_consistency={"weight": 0})
 
 
 def test_text_queries_are_matched_by_class_and_labelled_by_class(
