@@ -64,15 +64,18 @@ _CLIP_LEARNS = {
     "P3": "CLIP at the full learning rate",
 }
 _CLIP_FROZEN = {"S2": "CLIP stays frozen: as S1", "P2": "CLIP stays frozen", "P3": "CLIP stays frozen: as P2"}
+_WITHOUT_CLIP = {"S0": "3D head", "S2": "fine-tuning: as S1", "P2": "and FiLM", "P3": "the whole network: as P2"}
 
 
 def stages_of(settings: Settings) -> tuple[Stage, ...]:
-    """The stages a run goes through. Their descriptions say what becomes of CLIP in this run."""
+    """The stages a run goes through. Their descriptions say what becomes of CLIP in this run, if it has a 2D branch."""
     kind = settings.training.stages
     if kind == "none" or settings.model.fusion == "none":
         return _WHOLE_RUN
-    of_clip = _CLIP_FROZEN if settings.model.clip.tune == "none" else _CLIP_LEARNS
     stages = _HEADS_FIRST if kind == "heads_first" else _THREE_PHASE
+    if not settings.model.uses_clip:
+        return tuple(replace(stage, description=_WITHOUT_CLIP.get(stage.name, stage.description)) for stage in stages)
+    of_clip = _CLIP_FROZEN if settings.model.clip.tune == "none" else _CLIP_LEARNS
     return tuple(_with_note(stage, of_clip.get(stage.name)) for stage in stages)
 
 

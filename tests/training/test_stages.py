@@ -124,6 +124,18 @@ def test_s2_releases_what_is_tuned_of_clip_and_says_so(tune: str, clip: set[str]
     assert not any(stage.slow_clip for stage in stages)
 
 
+@pytest.mark.parametrize("kind", ["heads_first", "three_phase"])
+def test_without_a_2d_branch_the_stages_speak_of_none(kind: str) -> None:
+    given = stages_of(load_settings("bifusion", overrides=[f"training.stages={kind}"]))
+    plain = stages_of(load_settings("bifusion-simple", overrides=[f"training.stages={kind}"]))
+    assert [(stage.name, stage.begin, stage.frozen) for stage in plain] == [
+        (stage.name, stage.begin, stage.frozen) for stage in given
+    ]
+    for stage in plain:
+        assert not any(part in stage.description for part in ("2D", "gate", "CLIP")), stage
+        assert stage.description
+
+
 def test_what_the_model_releases_within_a_stage_stays_frozen_until_the_stage_ends() -> None:
     model = Model()
     switch = StageSwitch(model, stages_of(load_settings("bifusion", overrides=THREE_PHASE)), 129)
