@@ -219,6 +219,11 @@ class ModelSettings(Strict):
                 f"fusion '{self.fusion}' weighs CLIP's features, and clip.use is false; "
                 "take fusion 'simple' or 'none', or set clip.use to true"
             )
+        if self.clip.tune != "none" and not self.uses_clip:
+            raise ValueError(
+                f"clip.tune '{self.clip.tune}' lets parts of CLIP learn, and this model has no CLIP; set clip.tune to "
+                "'none'"
+            )
         if self.fusion == "enhanced" and self.common_width % self.gate.heads:
             raise ValueError(f"common_width {self.common_width} is not a multiple of gate.heads {self.gate.heads}")
         return self

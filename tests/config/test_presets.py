@@ -139,6 +139,8 @@ def test_a_stored_dump_gives_the_same_settings_back(tmp_path: Path) -> None:
             {"overrides": ["model.decoder.instance_classes=18"]},
             r"instance_classes 18 must be 1 \(class-agnostic\), 200 \(every semantic class\) or 198",
         ),
+        ({"preset": "baseline", "overrides": ["model.clip.tune=lora"]}, r"'lora' lets .* this model has no CLIP"),
+        ({"preset": "bifusion-simple", "overrides": ["model.clip.tune=blocks"]}, r"this model has no CLIP"),
         ({"overrides": ["model.decoder.kind=mask3d"]}, r"'mask3d' has masks over superpoints"),
         (
             {"preset": "mask3d", "overrides": ["model.decoder.text_queries=true", "model.decoder.score_head=true"]},
