@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
 
-class Workspace:
-    """Named scratch buffers: a fresh large tensor costs several times as much as a used one."""
+class Workspace(threading.local):
+    """Named scratch buffers, each thread's own: a fresh large tensor costs several times as much as a used one."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
@@ -16,7 +18,7 @@ class Workspace:
         """A (rows, columns) tensor of unspecified content, valid until the same name is taken again."""
         needed = rows * columns
         buffer = self._buffers.get(name)
-        if buffer is None or buffer.numel() < needed or buffer.dtype != like.dtype or buffer.device != like.device:
+        if buffer is None or buffer.numel() < needed or not _fits(buffer, like):
             buffer = self._buffers[name] = torch.empty(needed, dtype=like.dtype, device=like.device)
         return buffer[:needed].view(rows, columns)
 
@@ -26,5 +28,11 @@ class Workspace:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by all buffers."""
+        """Bytes held by the buffers of this thread."""
         return sum(buffer.nbytes for buffer in self._buffers.values())
+
+
+def _fits(buffer: Tensor, like: Tensor) -> bool:
+    """Whether the buffer may be written now; one made in inference mode may not be outside of it."""
+    writable = torch.is_inference_mode_enabled() or not buffer.is_inference()
+    return writable and buffer.dtype == like.dtype and buffer.device == like.device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from bifusion_diag.model.sparse import (
     make_engine,
     sparse_tensor,
 )
+from bifusion_diag.model.sparse.native import NativeEngine
 
 Draw = Callable[..., Tensor]
 
@@ -175,6 +177,28 @@ def test_a_row_without_any_partner_is_zero(algorithm: str) -> None:
     out.feats.sum().backward()
     assert layer.kernel.grad is not None
     assert not layer.kernel.grad.any()
+
+
+def test_voxels_seen_in_inference_mode_train_afterwards(algorithm: str, some_voxels: Draw) -> None:
+    layer = Conv3d(2, 3, 3)
+    x = sparse_tensor(some_voxels(50), torch.randn(50, 2), make_engine("native"))
+    with torch.inference_mode():
+        expected = layer(x).feats.clone()
+    out = layer(x).feats
+    assert torch.equal(out, expected)
+    out.sum().backward()
+    assert layer.kernel.grad is not None
+
+
+@pytest.mark.parametrize("strategy", ["pairs", "columns"])
+def test_threads_may_share_voxels(strategy: convolution.Strategy) -> None:
+    coords = torch.cartesian_prod(torch.zeros(1).int(), *[torch.arange(16).int()] * 3)
+    x = sparse_tensor(coords, torch.randn(len(coords), 16), NativeEngine(strategy))
+    layer = Conv3d(16, 16, 3)
+    expected = layer(x).feats
+    with ThreadPoolExecutor(4) as pool:
+        for out in pool.map(lambda _: layer(x).feats, range(16)):
+            torch.testing.assert_close(out, expected)
 
 
 def test_layers_of_one_geometry_share_their_map(some_voxels: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
