@@ -9,8 +9,10 @@ slope       Time of forward and backward against the number of points, at one de
             grid, 1 being linear.
 training    The documents' claim "24 GB, one GPU, batch 8 crops": bytes of parameters, gradients, AdamW's moments, and
             of what autograd saves for the backward pass of the whole model at full scale, every storage counted once.
+            Kernel maps and what is needed for a moment are not among them; the peak on a CPU holds them, too.
 
 The scenes are floor, walls and boxes drawn at random; occupancy is the share of their bounding box that holds voxels.
+Rooms are 3 m high: what a crop holds lies in the lower half of its 6.4 m.
 The training crops are those of the synthetic source, with as many points as the preset's settings say.
 """
 
@@ -41,7 +43,9 @@ GIB = 2**30
 LIMIT_GIB = 20
 CROP = (6.4, 6.4, 3.0)  # [m]
 POINTS_PER_CROP = 250_000
-POINTS_PER_SQUARE_METRE = 1600  # some 4 points in a voxel of 5 cm
+POINTS_PER_SQUARE_METRE = 1600  # some 3 points in a voxel of 5 cm
+ROOM_HEIGHT = 3.0  # [m]
+SURFACE_PER_FLOOR = 2.57  # [m² / m²] of the floor and the boxes on it, without walls
 # name: network, voxel size [m], scenes of how many points, room [m]
 SCENES: dict[str, tuple[str, float, list[int], tuple[float, float, float]]] = {
     "1 M points, 18A, 5 cm": ("18a", 0.05, [1_000_000], (12.0, 12.0, 3.0)),
@@ -79,12 +83,18 @@ def scene_step(name: str) -> dict[str, Any]:
     return {**found, "occupancy": found["voxels"] / (cells * len(counts)), "peak_gib": peak() / GIB}
 
 
+def room_of(count: int) -> Tensor:
+    """(count, 3) [m] points of a square room of that size, at one density: smaller rooms have more walls a floor."""
+    surface, walls = count / POINTS_PER_SQUARE_METRE, 4 * ROOM_HEIGHT  # of side s: SURFACE_PER_FLOOR · s² + walls · s
+    side = ((walls**2 + 4 * SURFACE_PER_FLOOR * surface) ** 0.5 - walls) / (2 * SURFACE_PER_FLOOR)
+    return room_points(count, (side, side, ROOM_HEIGHT), torch.Generator().manual_seed(count))
+
+
 def slope(counts: list[int]) -> dict[str, Any]:
     """Time against points at one density: the least-squares slope of log time on log points."""
     runs: list[dict[str, Any]] = []
     for count in counts:
-        side = (count / POINTS_PER_SQUARE_METRE / 4) ** 0.5  # with walls and boxes, some 4 m² of surface a m² of floor
-        points = room_points(count, (side, side, 3.0), torch.Generator().manual_seed(count))
+        points = room_of(count)
         scene = torch.zeros(count, dtype=torch.long)
         if not runs:
             unet_step("18a", 0.05, points, scene)  # warms up
