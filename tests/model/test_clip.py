@@ -230,8 +230,9 @@ def test_nobody_can_change_what_is_kept() -> None:
         found.pooled.fill_(torch.nan)
 
 
-def test_new_weights_make_new_tokens() -> None:
-    clip, images = tower(cache_folder="kept"), some_images()
+@pytest.mark.parametrize("folder", [None, "kept"])
+def test_new_weights_make_new_tokens(folder: str | None) -> None:
+    clip, images = tower(cache_folder=folder), some_images()
     before = clip(images)
     with torch.no_grad():
         clip.visual.transformer.resblocks[3].mlp.c_fc.weight.mul_(1.5)

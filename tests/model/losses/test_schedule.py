@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -50,6 +51,16 @@ def test_progressive_clip_changes_at_epochs_11_and_21_of_128() -> None:
                 groups = _groups(step, total, schedule="progressive_clip", semantic={"weight": 0.4})
                 assert groups["clip_align"] == clip
                 assert groups["semantic"] == 0.4
+
+
+@pytest.mark.parametrize("total", [55, 101, 199, 1000])
+def test_a_step_is_in_the_phase_of_the_share_of_the_run_that_is_done(total: int) -> None:
+    for step in range(total):
+        share = Fraction(step, total)
+        staged = 0.2 if share < Fraction(30, 100) else 0.08 if share < Fraction(70, 100) else 0.04
+        by_epoch = 0.0 if share < Fraction(11, 128) else 0.001 if share < Fraction(21, 128) else 0.01
+        assert _groups(step, total, schedule="staged")["clip_align"] == staged
+        assert _groups(step, total, schedule="progressive_clip")["clip_align"] == by_epoch
 
 
 def test_both_schedules_at_the_documents_own_boundaries() -> None:
