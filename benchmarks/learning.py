@@ -1,6 +1,6 @@
 """Does training learn? Validation mIoU and AP50 on rooms that no step has seen, in the course of a run.
 
-    python -m benchmarks.learning [--steps 1000] [--out docs/learning]
+    python -m benchmarks.learning [--steps 800] [--out docs/learning]
 
 Trains `baseline-5cm` and `bifusion` side by side, one process and one thread each, with `examples/learning.yaml`, and
 prints both metrics before the first step and after the last. With --out, the curve (SVG) and its numbers (JSON) are
