@@ -380,6 +380,9 @@ class EvaluationSettings(Strict):
         description="'synthetic' or a folder of RGB-D frames; null = synthetic rooms of their own where the run trains "
         "on synthetic rooms, else the scenes that `holdout` keeps",
     )
+    masks: str | None = Field(
+        None, description="as `data.masks`, for the frames of `source`; null = `data.masks` where that is 'graph'"
+    )
     scenes: Positive = Field(8, description="scenes evaluated, spread evenly over a larger source")
     holdout: float = Field(
         0.0, ge=0.0, lt=1.0, description="share of the source's scenes, the last ones, that training leaves out"

@@ -109,8 +109,13 @@ class RGBDFolder:
             },
         }
 
-    def _build(self, index: int) -> Scene:
+    def frames(self, index: int) -> range:
+        """Numbers of the frames that scene `index` is made of. Only the last two scenes may have frames in common."""
         first = min(index * self._span, len(self._layout.frames) - self._span)
+        return range(first, first + self._span)
+
+    def _build(self, index: int) -> Scene:
+        first = self.frames(index).start
         frames = self._layout.frames[first : first + self._span]
         color = np.stack([read_color(frame.color, self._survey.size) for frame in frames])
         depth = np.stack([read_depth(frame.depth) for frame in frames])

@@ -30,6 +30,18 @@ class SceneSubset:
         return self.source[self.indices[index]]
 
     def describe(self) -> dict[str, Any]:
-        """That of the source, with the number of chosen scenes, and of how many."""
+        """That of the source, with the number of chosen scenes, of how many, and which."""
         whole = self.source.describe()
-        return whole | {"scenes": len(self), "of": whole.get("scenes", len(self.source))}
+        chosen = {"scenes": len(self), "of": whole.get("scenes", len(self.source)), "chosen": _ranges(self.indices)}
+        return whole | chosen
+
+
+def _ranges(indices: Sequence[int]) -> str:
+    """Indices in words: '0-6', '7, 9'."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][1] + 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

@@ -17,6 +17,8 @@ import torch
 from bifusion_diag.config import Settings
 from bifusion_diag.config.settings import FlawSettings
 from bifusion_diag.data import Batch, SceneSource, SceneSubset, collate, crop_scene, open_source
+from bifusion_diag.data.masks import GRAPH
+from bifusion_diag.data.rgbd import RGBDFolder
 from bifusion_diag.errors import UserError
 from bifusion_diag.evaluation import AlignmentMean, InstanceScene, SemanticIoU, UniformityMean, average_precision
 from bifusion_diag.model.inference import evaluating
@@ -37,8 +39,20 @@ def training_source(settings: Settings) -> SceneSource:
         UserError: the source cannot be opened, or nothing would be left of it.
     """
     source = open_source(settings.data, seed=settings.training.seed)
-    kept = len(source) - _held_out(settings, len(source))
-    return source if kept == len(source) else SceneSubset(source, range(kept))
+    held_out = _held_out(settings, len(source))
+    if not held_out:
+        return source
+    kept = range(len(source) - held_out)
+    if isinstance(source, RGBDFolder) and kept.stop:
+        unseen = source.frames(kept.stop).start
+        kept = range(sum(source.frames(index).stop <= unseen for index in kept))
+    if not kept:
+        raise UserError(
+            f"evaluation.holdout={settings.evaluation.holdout} keeps {held_out} of the {len(source)} scenes of "
+            f"'{settings.data.source}', and no other scene is free of their frames: none is left to train on. Keep "
+            "fewer, lower data.views or data.point_views, or give validation scenes of their own with --val-data FOLDER"
+        )
+    return SceneSubset(source, kept)
 
 
 def validation_source(settings: Settings) -> SceneSource:
@@ -50,10 +64,11 @@ def validation_source(settings: Settings) -> SceneSource:
     """
     options, data = settings.evaluation, settings.data
     if options.source == "synthetic" or (options.source is None and data.source == "synthetic"):
-        rooms = data.model_copy(update={"source": "synthetic", "scenes": options.scenes, "flaws": FlawSettings()})
-        return open_source(rooms, seed=ROOM_SEED)
+        rooms = {"source": "synthetic", "masks": _masks(settings), "scenes": options.scenes, "flaws": FlawSettings()}
+        return open_source(data.model_copy(update=rooms), seed=ROOM_SEED)
     if options.source is not None and not _same(options.source, data.source):
-        source = open_source(data.model_copy(update={"source": options.source}), seed=settings.training.seed)
+        other = {"source": options.source, "masks": _masks(settings)}
+        source = open_source(data.model_copy(update=other), seed=settings.training.seed)
         return _spread(source, range(len(source)), options.scenes)
     if not options.holdout:
         raise UserError(
@@ -158,6 +173,23 @@ class Evaluator:
             return None
         scene = crop_scene(scene, self._crop, np.random.default_rng([_POINTS_STREAM, index]))
         return collate([scene], [scene.points[:, :3]])
+
+
+def _masks(settings: Settings) -> str:
+    """Where the masks of validation scenes come from that are not of the source that the run trains on.
+
+    Raises:
+        UserError: only the masks of the source that it trains on are named. Frames of two captures often have the same
+            names, so that one would quietly be given the other's masks.
+    """
+    given, data = settings.evaluation.masks, settings.data
+    if given is None and data.superpoints == "masks" and data.masks != GRAPH:
+        raise UserError(
+            f"data.masks '{data.masks}' holds the masks of '{data.source}'; the validation scenes need their own. "
+            "Give a folder of them with --set evaluation.masks=FOLDER, or segment the images with "
+            f"--set evaluation.masks={GRAPH}"
+        )
+    return given or data.masks
 
 
 def _same(one: str, other: str) -> bool:

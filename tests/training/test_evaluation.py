@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -194,6 +195,53 @@ def test_held_out_frames_are_the_last_and_not_trained_on(tiny: Make, capture: Pa
     assert len(validation_source(everything)) == 3
     with pytest.raises(IndexError):
         validation[2]
+
+
+def test_no_frame_is_in_a_held_out_scene_and_in_one_that_is_trained_on(tiny: Make, capture: Path) -> None:
+    # of ten frames in fours, the last scene reaches back to two of the one before it
+    views = ("data.views=4", f"data.source={capture}")
+    settings = tiny("baseline-5cm", *views, "evaluation.holdout=0.1")
+    training, validation = training_source(settings), validation_source(settings)
+    assert [training[index].name for index in range(len(training))] == ["frame-000000..frame-000003"]
+    assert [validation[index].name for index in range(len(validation))] == ["frame-000006..frame-000009"]
+    with pytest.raises(UserError, match=r"no other scene is free of their frames.*data\.views"):
+        training_source(tiny("baseline-5cm", "data.views=6", f"data.source={capture}", "evaluation.holdout=0.5"))
+
+
+def test_the_scenes_that_were_chosen_are_recorded(tiny: Make, capture: Path) -> None:
+    def chosen(*overrides: str) -> tuple[str, str]:
+        settings = tiny("baseline-5cm", f"data.source={capture}", "evaluation.scenes=2", *overrides)
+        return training_source(settings).describe()["chosen"], validation_source(settings).describe()["chosen"]
+
+    assert chosen("evaluation.holdout=0.3") == ("0-6", "7, 9")
+    assert chosen("evaluation.holdout=0.2") == ("0-7", "8-9")  # as many, and others
+
+
+def test_a_folder_to_evaluate_on_never_takes_the_masks_of_the_one_that_is_trained_on(
+    tiny: Make, capture: Path, tmp_path: Path
+) -> None:
+    other, masks = tmp_path / "other", {name: tmp_path / name for name in ("masks", "other-masks")}
+    shutil.copytree(capture, other)
+    for folder, value in zip(masks.values(), (1, 2), strict=True):
+        folder.mkdir()
+        for number in range(10):
+            picture = np.full((24, 32), value, np.uint8)
+            picture[:, : 16 if value == 2 else 0] = 7
+            Image.fromarray(picture).save(folder / f"frame-{number:06d}.png")
+    options = ("data.superpoints=masks", f"data.masks={masks['masks']}", f"data.source={capture}")
+    for source in (other, "synthetic"):
+        with pytest.raises(UserError, match=r"holds the masks of .*evaluation\.masks=FOLDER"):
+            validation_source(tiny("baseline-5cm", *options, f"evaluation.source={source}"))
+    own = validation_source(
+        tiny("baseline-5cm", *options, f"evaluation.source={other}", f"evaluation.masks={masks['other-masks']}")
+    )
+    assert str(masks["other-masks"]) in own.describe()["superpoints"]
+    rooms = validation_source(
+        tiny("baseline-5cm", *options, "evaluation.source=synthetic", "evaluation.masks=graph", "evaluation.scenes=1")
+    )
+    assert "graph-based" in rooms.describe()["superpoints"]
+    held_out = validation_source(tiny("baseline-5cm", *options, "evaluation.holdout=0.2"))
+    assert str(masks["masks"]) in held_out.describe()["superpoints"]
 
 
 def test_another_folder_is_evaluated_on_and_its_labels_are_named(train: Train, capture: Path) -> None:
