@@ -86,6 +86,22 @@ def test_the_other_baselines_have_the_sizes_of_their_configurations() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("preset", "logit_scores", "first_object_class"),
+    [
+        ("bifusion", True, None),  # objectness by cross-entropy: a logit
+        ("bifusion-fragile", False, None),  # ESAM's regression of the IoU
+        ("oneformer3d", False, 2),  # 198 object classes, after wall and floor
+        ("mask3d", False, 0),
+    ],
+)
+def test_predictions_are_read_as_they_were_trained(
+    preset: str, logit_scores: bool, first_object_class: int | None
+) -> None:
+    inference = build_model(load_settings(preset, scale="small")).inference
+    assert (inference.logit_scores, inference.first_object_class) == (logit_scores, first_object_class)
+
+
 TEXT = ("model.decoder.text_queries=true", "model.decoder.semantic_classes=5")
 
 
