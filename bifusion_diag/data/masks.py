@@ -55,9 +55,14 @@ def ids_at_pixels(
     return ids
 
 
+def describe_clusters(data: DataSettings) -> str:
+    """How VCCS clusters a source's points, which pseudo-labels rest on too."""
+    return f"VCCS (seeds {data.superpoint_size:g} m apart, voxels of {data.superpoint_voxel:g} m)"
+
+
 def describe_superpoints(data: DataSettings) -> str:
     """How the superpoints of a source are made, for the run record."""
-    clusters = f"VCCS (seeds {data.superpoint_size:g} m apart, voxels of {data.superpoint_voxel:g} m)"
+    clusters = describe_clusters(data)
     if data.superpoints == "vccs":
         return clusters
     if data.superpoints == "files":

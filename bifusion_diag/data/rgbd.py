@@ -10,7 +10,7 @@ import numpy as np
 
 from bifusion_diag.config.settings import DataSettings
 from bifusion_diag.data.mask_superpoints import relabel_by_masks, replace_by_ids
-from bifusion_diag.data.masks import GRAPH, describe_superpoints, graph_masks, ids_at_pixels
+from bifusion_diag.data.masks import GRAPH, describe_clusters, describe_superpoints, graph_masks, ids_at_pixels
 from bifusion_diag.data.normals import estimate_normals
 from bifusion_diag.data.pseudo_labels import pseudo_labels
 from bifusion_diag.data.rgbd_files import read_color, read_depth, read_ids, read_pose, read_superpoints
@@ -100,8 +100,10 @@ class RGBDFolder:
             "folder": str(self._path),
             "frames": len(self._layout.frames),
             "scenes": len(self),
+            "frames_per_scene": self._span,
             "image_size": list(self._survey.size),
             "labels": f"{PSEUDO_LABELS} (no ground truth)" if pseudo else SCANNET_LABELS,
+            **({"labels_rest_on": describe_clusters(self._settings)} if pseudo else {}),
             "superpoints": describe_superpoints(self._settings),
             "marked": {
                 "non-finite pose": int((~self._survey.tracked).sum()),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import numpy as np
@@ -16,12 +17,12 @@ from bifusion_diag.diagnosis.measures import Measures
 from bifusion_diag.diagnosis.modules import ModuleGradient, ModulePair, module_gradients, pair_modules
 from bifusion_diag.diagnosis.names import is_exact
 from bifusion_diag.diagnosis.parting import Parting, find_partings, first_loss_difference
-from bifusion_diag.diagnosis.quantity import NotMeasured, Reading, number
+from bifusion_diag.diagnosis.quantity import NotMeasured, Quantity, Reading, number
 from bifusion_diag.diagnosis.restrict import cut_run, measure_on
 from bifusion_diag.diagnosis.rules import RULES
 from bifusion_diag.diagnosis.settings_diff import SettingGroup, diff_settings
 from bifusion_diag.diagnosis.thresholds import DEFAULT_THRESHOLDS, Thresholds
-from bifusion_diag.diagnosis.validation import validation_limits
+from bifusion_diag.diagnosis.validation import common_evaluation, same_validation, validation_limits
 from bifusion_diag.diagnosis.verdict import Verdict, ending_of, judge_pair, judge_run, with_ending
 from bifusion_diag.errors import UserError
 from bifusion_diag.record.schema import Run
@@ -136,7 +137,7 @@ def compare_runs(baseline: Run, candidate: Run, thresholds: Thresholds = DEFAULT
         verdict=with_ending(
             judge_pair(names, (left.measures, right.measures), common, right.findings, thresholds), candidate
         ),
-        measures=_pair_measures(left.measures, right.measures),
+        measures=_validation_pairs(_pair_measures(left.measures, right.measures), baseline, candidate, common),
         partings=find_partings((baseline, left.measures), (candidate, right.measures), common),
         first_loss_difference=first_loss_difference(baseline, candidate, common),
         modules=pair_modules(left.modules, right.modules),
@@ -200,6 +201,28 @@ def _pair_measures(baseline: Measures, candidate: Measures) -> tuple[MeasurePair
         ratio = None if key == "first_nonfinite_step" or key == "steps" else _ratio(left, right)
         pairs.append(MeasurePair(key, definition.group, definition.title, member_of(key), left, right, ratio))
     return tuple(pairs)
+
+
+def _validation_pairs(
+    pairs: Sequence[MeasurePair], baseline: Run, candidate: Run, common: NDArray[np.int64]
+) -> tuple[MeasurePair, ...]:
+    """Metrics of two runs are set against each other at one step, and not at all where they are of different scenes."""
+    comparable = same_validation(baseline, candidate)
+    left, right = cut_run(baseline, common), cut_run(candidate, common)
+    exact = is_exact(left, "eval/") and is_exact(right, "eval/")
+
+    def at_one_step(pair: MeasurePair) -> MeasurePair:
+        if not pair.key.startswith("eval/"):
+            return pair
+        if not comparable:
+            return replace(pair, ratio=None)
+        found = common_evaluation(left, right, pair.key) if exact else None
+        if found is None:
+            return pair
+        one, other = Quantity(found.one), Quantity(found.other)
+        return replace(pair, baseline=one, candidate=other, ratio=_ratio(one, other))
+
+    return tuple(at_one_step(pair) for pair in pairs)
 
 
 def _with_gap(measures: Measures, key: str) -> Reading:

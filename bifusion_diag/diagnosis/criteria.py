@@ -12,7 +12,7 @@ import numpy as np
 from bifusion_diag.diagnosis.measures import Measures
 from bifusion_diag.diagnosis.names import MIOU, NORM, TOTAL, loss_terms
 from bifusion_diag.diagnosis.quantity import NotMeasured, Quantity, Reading
-from bifusion_diag.diagnosis.validation import against, evaluated_at, same_validation
+from bifusion_diag.diagnosis.validation import against, common_evaluation, evaluated_at, same_validation
 from bifusion_diag.record.schema import Run
 
 CLEAN_EPOCHS = 20
@@ -160,16 +160,15 @@ def _miou_above(run: Run, baseline: Run | None) -> Criterion:
 
     if baseline is None:
         return not_measured("no baseline to compare with")
-    steps, values = evaluated_at(run.series(MIOU))
-    baseline_steps, baseline_values = evaluated_at(baseline.series(MIOU))
-    if not steps.size or not baseline_steps.size:
+    if not all(evaluated_at(each.series(MIOU))[0].size for each in (run, baseline)):
         return not_measured(f"{MIOU} was not recorded in both runs")
     if not same_validation(run, baseline):
         return not_measured("the runs were evaluated on different scenes")
-    common, mine, theirs = np.intersect1d(steps, baseline_steps, return_indices=True)
-    if not common.size:
+    found = common_evaluation(run, baseline, MIOU)
+    if found is None:
         return not_measured("the runs were evaluated at no common step")
-    value, bound = float(values[mine[-1]]), float(baseline_values[theirs[-1]])
-    result: Literal["pass", "fail"] = "pass" if value > bound else "fail"
-    note = f"baseline {bound:.4g}, both at step {common[-1]}" + (f", {labels}" if (labels := against(run)) else "")
-    return Criterion(key, title, threshold, result, Quantity(value), note)
+    result: Literal["pass", "fail"] = "pass" if found.one > found.other else "fail"
+    note = f"baseline {found.other:.4g}, both at step {found.step}" + (
+        f", {labels}" if (labels := against(run)) else ""
+    )
+    return Criterion(key, title, threshold, result, Quantity(found.one), note)

@@ -32,6 +32,7 @@ _CLIP = "CLIP features"
 _VIEW = "Projection"
 _GATE = "Gate α"
 _EVAL = "Validation"
+_AT = "At the last evaluation (of two runs: at the last step at which both were evaluated)"
 
 DEFINITIONS: tuple[Definition, ...] = (
     Definition("steps", "recorded steps", "Steps in the record.", "", _RUN),
@@ -107,7 +108,7 @@ DEFINITIONS: tuple[Definition, ...] = (
     Definition(
         "eval/miou",
         "mIoU",
-        "At the last evaluation: mean over the semantic classes in the validation scenes of points that are and are "
+        f"{_AT}: mean over the semantic classes in the validation scenes of points that are and are "
         "called the class ÷ points that are or are called it.",
         "higher",
         _EVAL,
@@ -116,25 +117,25 @@ DEFINITIONS: tuple[Definition, ...] = (
     Definition(
         "eval/ap",
         "AP, class-agnostic",
-        "At the last evaluation: average precision of the instance masks by ScanNet's script, mean over the IoU "
+        f"{_AT}: average precision of the instance masks by ScanNet's script, mean over the IoU "
         "thresholds .50, .55, ... .90.",
         "higher",
         _EVAL,
     ),
-    Definition("eval/ap50", "AP50", "At the last evaluation: at IoU .50.", "higher", _EVAL),
+    Definition("eval/ap50", "AP50", f"{_AT}: at IoU .50.", "higher", _EVAL),
     Definition("eval/ap50_best", "best AP50", "Of all evaluations.", "higher", _EVAL),
-    Definition("eval/ap25", "AP25", "At the last evaluation: at IoU .25.", "higher", _EVAL),
+    Definition("eval/ap25", "AP25", f"{_AT}: at IoU .25.", "higher", _EVAL),
     Definition(
         "eval/alignment",
         "alignment of 2D and 3D",
-        "At the last evaluation: mean cosine between the 2D and the 3D feature of the valid points.",
+        f"{_AT}: mean cosine between the 2D and the 3D feature of the valid points.",
         "higher",
         _EVAL,
     ),
     Definition(
         "eval/uniformity",
         "uniformity of 3D features",
-        "At the last evaluation: log of the mean over pairs of a scene of exp(−2 ‖x − y‖²), normalised. 0: collapsed.",
+        f"{_AT}: log of the mean over pairs of a scene of exp(−2 ‖x − y‖²), normalised. 0: collapsed.",
         "lower",
         _EVAL,
     ),

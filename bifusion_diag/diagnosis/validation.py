@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,8 +38,32 @@ def validation_limits(runs: Sequence[tuple[str, Run]]) -> tuple[str, ...]:
 
 
 def same_validation(one: Run, other: Run) -> bool:
-    """Whether both were measured on the same scenes, points and labels, as far as the records tell."""
-    return validation_of(one) == validation_of(other)
+    """Whether both were measured on the same scenes, points and labels, as far as the records tell.
+
+    Superpoints are the model's means and no part of what it is measured on; what pseudo-labels make of them is recorded
+    beside the labels.
+    """
+    measured_on, other_on = (
+        {key: value for key, value in validation_of(run).items() if key != "superpoints"} for run in (one, other)
+    )
+    return measured_on == other_on
+
+
+class CommonEvaluation(NamedTuple):
+    """A metric of two runs at one step."""
+
+    step: int
+    one: float
+    other: float
+
+
+def common_evaluation(one: Run, other: Run, name: str) -> CommonEvaluation | None:
+    """At the last step at which the metric was measured in both; None where there is none."""
+    (steps, values), (other_steps, other_values) = (evaluated_at(run.series(name)) for run in (one, other))
+    common, mine, theirs = np.intersect1d(steps, other_steps, return_indices=True)
+    if not common.size:
+        return None
+    return CommonEvaluation(int(common[-1]), float(values[mine[-1]]), float(other_values[theirs[-1]]))
 
 
 def evaluated_at(series: Series | None) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

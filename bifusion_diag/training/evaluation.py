@@ -100,11 +100,13 @@ class Evaluator:
         self.max_points = options.max_points or settings.data.max_points
         self.min_region = options.min_region or max(1, round(self.max_points / _POINTS_PER_REGION))
         self.semantic_classes = settings.model.decoder.semantic_classes
+        data = settings.data
+        self._drawn = {"image_size": [data.image_width, data.image_height], "drawn_for": data.max_points}
         self._crop = settings.data.model_copy(update={"max_points": self.max_points, "crop_size": 1e9})
 
     def provenance(self) -> dict[str, Any]:
-        """What is evaluated on, for the run record."""
-        return self.source.describe() | {"max_points": self.max_points, "min_region": self.min_region}
+        """What is evaluated on, for the run record: all that decides which points and labels these are."""
+        return self._drawn | self.source.describe() | {"max_points": self.max_points, "min_region": self.min_region}
 
     def evaluate(
         self, model: Segmenter, device: torch.device, stop: Callable[[], bool] = lambda: False

@@ -156,8 +156,10 @@ def test_unlabelled_folders_say_so(folder: Path) -> None:
         "folder": str(folder),
         "frames": 5,
         "scenes": 5,
+        "frames_per_scene": 1,
         "image_size": [WIDTH, HEIGHT],
         "labels": "geometric pseudo-labels (no ground truth)",
+        "labels_rest_on": "VCCS (seeds 0.25 m apart, voxels of 0.04 m)",
         "superpoints": "VCCS (seeds 0.25 m apart, voxels of 0.04 m)",
         "marked": {"non-finite pose": 0, "no depth": 0},
     }

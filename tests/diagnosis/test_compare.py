@@ -55,6 +55,30 @@ def test_less_stable_names_its_three_numbers(make_run: RunMaker) -> None:
     assert (comparison.partings[0].kind, comparison.partings[0].run) == ("non-finite", "candidate")
 
 
+def test_validation_metrics_are_set_against_each_other_at_one_step_and_of_the_same_scenes_only(
+    make_run: RunMaker,
+) -> None:
+    short = {"loss/total": np.ones(3), "eval/miou": [0.25, math.nan, 0.5]}  # the last of both is after the last step
+    long = {"loss/total": np.ones(5), "eval/miou": [0.5, 0.75, math.nan, math.nan, 1.0]}
+    missing = [{"eval/miou": [bool(np.isnan(x)) for x in each["eval/miou"]]} for each in (short, long)]
+
+    def pair(validation: dict[str, object], other: dict[str, object]) -> tuple[float | None, ...]:
+        baseline = make_run(short, missing=missing[0], provenance={"validation": validation})
+        candidate = make_run(long, missing=missing[1], provenance={"validation": other})
+        comparison = compare_runs(baseline, candidate)
+        found = next(pair for pair in comparison.measures if pair.key == "eval/miou")
+        assert isinstance(found.baseline, Quantity)
+        assert isinstance(found.candidate, Quantity)
+        told = any("different scenes" in limit for limit in comparison.limits)
+        assert told == (found.ratio is None)
+        return found.baseline.value, found.candidate.value, found.ratio
+
+    rooms = {"kind": "synthetic rooms", "chosen": "8-9", "superpoints": "VCCS"}
+    assert pair(rooms, rooms) == (0.25, 0.5, 2.0)  # both at step 0
+    assert pair(rooms, rooms | {"superpoints": "VCCS relabelled by masks"}) == (0.25, 0.5, 2.0)
+    assert pair(rooms, rooms | {"chosen": "7, 9"}) == (0.5, 0.75, None)  # each at its own last
+
+
 def test_two_healthy_runs_are_stable_and_do_not_part(make_run: RunMaker) -> None:
     comparison = compare_runs(make_run(healthy()), make_run(healthy(seed=1)))
     assert comparison.verdict.state == "stable"

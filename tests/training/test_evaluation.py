@@ -217,6 +217,17 @@ def test_the_scenes_that_were_chosen_are_recorded(tiny: Make, capture: Path) -> 
     assert chosen("evaluation.holdout=0.2") == ("0-7", "8-9")  # as many, and others
 
 
+def test_what_decides_the_points_is_recorded(tiny: Make) -> None:
+    def provenance(*overrides: str) -> dict[str, object]:
+        settings = tiny("baseline-5cm", *EVALUATED, "evaluation.max_points=300", *overrides)
+        return Evaluator(settings, validation_source(settings)).provenance()
+
+    same = provenance()
+    assert provenance("training.seed=5", "data.scenes=9", "data.flaws.far_outliers=1") == same
+    for other in ("data.image_width=48", "data.max_points=500", "evaluation.max_points=200", "evaluation.scenes=1"):
+        assert provenance(other) != same, other
+
+
 def test_a_folder_to_evaluate_on_never_takes_the_masks_of_the_one_that_is_trained_on(
     tiny: Make, capture: Path, tmp_path: Path
 ) -> None:
