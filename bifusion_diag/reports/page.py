@@ -36,7 +36,8 @@ from bifusion_diag.reports.svg import Plot
 
 MODULE_ROWS = 500  # of the table of modules; the JSON has them all
 MORE_COLOURS = (ACCENT, CATEGORY[2], CATEGORY[1], CATEGORY[6], CATEGORY[5])  # of the candidates
-_FACTS = ("data", "labels", "validation", "clip_weights")
+_FACTS = ("data", "labels", "validation", "clip_weights", "text_features", "initial_weights")
+_OF_SOME_MODELS = ("clip_weights", "text_features")  # the others have no such thing
 
 
 @dataclass(frozen=True)
@@ -315,12 +316,12 @@ def _term_colours(traces: Sequence[Trace]) -> dict[str, str]:
 
 
 def _facts(names: Sequence[str], runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """Provenance that the first screen states, one text where the runs agree."""
+    """Provenance that the first screen states, one text where all runs that can have it agree."""
     facts: list[tuple[str, str]] = []
     for key in _FACTS:
         values = [(name, _fact(run, key)) for name, run in zip(names, runs, strict=True)]
         told = dict.fromkeys(value for _, value in values if value)
-        if len(told) == 1:
+        if len(told) == 1 and (key in _OF_SOME_MODELS or all(value for _, value in values)):
             facts.append((_words(key), next(iter(told))))
         else:
             facts += [(f"{_words(key)}, {name}", value) for name, value in values if value]
@@ -336,19 +337,20 @@ def _facts(names: Sequence[str], runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 
 def _fact(run: Run, key: str) -> str:
-    """A provenance entry in a few words; of a structured one its kind, its folder, how many scenes, and of validation
-    data its labels too.
+    """A provenance entry in a few words; of a structured one its kind, its folder or file, how many scenes, and of
+    validation data its labels too.
     """
     value: Any = run.provenance.get(key)
     if isinstance(value, Mapping):
         scenes = f"{value['scenes']} scenes" if "scenes" in value else ""
         labels = value.get("labels") if key == "validation" else None
-        return ", ".join(str(part) for part in (value.get("kind"), value.get("folder"), scenes, labels) if part)
+        parts = (value.get("kind"), value.get("folder"), value.get("file"), scenes, labels)
+        return ", ".join(str(part) for part in parts if part)
     return "" if value is None else str(value)
 
 
 def _words(key: str) -> str:
-    return {"clip_weights": "CLIP weights"}.get(key, key)
+    return {"clip_weights": "CLIP weights"}.get(key, key.replace("_", " "))
 
 
 def _pair_row(pair: ModulePair) -> tuple[str, ...]:

@@ -162,7 +162,21 @@ def test_validation_curves_have_a_point_an_evaluation(baseline: Run, candidate: 
     pseudo = evaluated(candidate, 0.5, "geometric pseudo-labels (no ground truth)")
     named = draw_validation([Trace(pseudo, measure(pseudo), "candidate", ACCENT)])
     assert named is not None
-    assert "against geometric pseudo-labels" in named.title
+    assert named.title.endswith("scenes, against geometric pseudo-labels (no ground truth)")
+    assert "different scenes" not in plot.caption + named.caption
+    mixed = draw_validation([lines[0], Trace(pseudo, measure(pseudo), "candidate", ACCENT)])
+    assert mixed is not None
+    assert mixed.title.endswith("scenes, candidate against geometric pseudo-labels (no ground truth)")
+    assert "evaluated on different scenes" in mixed.caption
+
+
+def test_small_validation_metrics_are_written_out(candidate: Run) -> None:
+    run = evaluated(candidate, 8e-5)
+    plot = draw_validation([Trace(run, measure(run), "candidate", ACCENT)])
+    assert plot is not None
+    texts = ["".join(item.itertext()) for item in ElementTree.fromstring(plot.svg).iter() if item.tag.endswith("text")]
+    assert [each for each in texts if each.startswith("1e")] == []  # no power of ten above the axis, in the title's way
+    assert any(each.endswith("·10⁻⁵") for each in texts)
 
 
 def test_runs_without_evaluation_have_no_validation_plot(traces: list[Trace]) -> None:
@@ -173,11 +187,15 @@ def test_the_page_shows_validation_where_there_is_some_and_says_where_there_is_n
     baseline: Run, candidate: Run
 ) -> None:
     one, two = evaluated(baseline, 0.25), evaluated(candidate, 0.5)
+    weights = {"text_features": "random", "initial_weights": {"file": "esam.pth", "kind": "ESAM", "parameters": 5}}
+    two = replace(two, header=replace(two.header, provenance={**two.provenance, **weights}))
     page = render_comparison([compare_runs(one, two)], one, [two])
     assert "mIoU and AP50 on validation scenes" in page
     assert "<th>best AP50</th>" in page
     assert "baseline 0.25, both at step 599" in page
     assert "<span>validation</span> test, ground truth (synthetic)" in page
+    assert "<span>text features</span> random" in page
+    assert "<span>initial weights, bifusion-fragile</span> ESAM, esam.pth" in page  # the baseline began with its own
     assert "mIoU and AP on validation scenes (train with --evaluate-every)" not in page
     without = render_comparison([compare_runs(baseline, candidate)], baseline, [candidate])
     assert "mIoU and AP50 on validation scenes" not in without

@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
 from bifusion_diag.diagnosis.names import AP50, MIOU
-from bifusion_diag.diagnosis.validation import against, evaluated_at
+from bifusion_diag.diagnosis.validation import against, evaluated_at, same_validation
 from bifusion_diag.reports.numbers import text
 from bifusion_diag.reports.palette import RULE
 from bifusion_diag.reports.plots.timeline import READOUT, Trace, span
@@ -57,16 +58,33 @@ def draw_validation(traces: Sequence[Trace]) -> Plot | None:
             axes.tick_params(labelbottom=axes is panels[-1])
         panels[-1].set_xlabel("step")
         alt = _alt(metrics)
-        labels = dict.fromkeys(words for trace in traces if (words := against(trace.run)))
         return Plot(
             "validation",
-            "mIoU and AP50 on validation scenes" + "".join(f", {words}" for words in labels),
-            "At a step: the weights that it begins with, first the untrained model; at the last step, those after it.",
+            "mIoU and AP50 on validation scenes" + _labels(traces),
+            _note(metrics),
             alt,
             render(figure, "validation", alt),
             time_axis(panels[-1]),
             _readout(metrics),
         )
+
+
+def _labels(traces: Sequence[Trace]) -> str:
+    """What is measured against, where that is not the truth; with the names of the runs where it is not so of all."""
+    traces = [trace for trace in traces if trace.run.names("eval/")]
+    words = {trace.label: against(trace.run) for trace in traces}
+    if len({*words.values()}) == 1:
+        return "".join(f", {each}" for each in list(words.values())[:1] if each)
+    return "".join(f", {label} {each}" for label, each in words.items() if each)
+
+
+def _note(metrics: Mapping[str, Sequence[_Curve]]) -> str:
+    """Which weights a point is of, and whether the curves may be compared."""
+    note = "At a step: the weights that it begins with; at the last step of all, those after it."
+    runs = [curve.trace.run for curves in metrics.values() for curve in curves]
+    if all(same_validation(runs[0], run) for run in runs):
+        return note
+    return f"{note} The runs were evaluated on different scenes: their curves cannot be compared."
 
 
 def _curves(traces: Sequence[Trace], name: str) -> list[_Curve]:
@@ -81,6 +99,7 @@ def _draw_curves(axes: Axes, curves: Sequence[_Curve]) -> None:
         x, y = min_max(curve.steps, curve.values)
         axes.plot(x, y, color=colour, linewidth=1.4, marker=dot, markersize=3, clip_on=False)
     axes.set_ylim(bottom=0, top=None if any(curve.values.any() for curve in curves) else 0.1)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: text(float(value))))
     axes.grid(axis="y", color=RULE, linewidth=0.5)
     axes.set_axisbelow(True)
     end_labels(axes, [(curve.trace.label, float(curve.values[-1]), curve.trace.colour) for curve in curves], gap=0.16)
