@@ -71,6 +71,28 @@ def test_gradients_agree_with_finite_differences(name: str, algorithm: str, some
     assert torch.autograd.gradcheck(function, (feats, *parameters), fast_mode=True)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_gradient_is_the_same_when_the_other_is_not_wanted(name: str, algorithm: str, some_voxels: Draw) -> None:
+    coords, feats, layer = some_voxels(40), torch.randn(40, 2), LAYERS[name](2, 3)
+
+    def gradients(of_feats: bool, of_kernel: bool) -> tuple[Tensor | None, list[Tensor | None]]:
+        layer.zero_grad()
+        layer.requires_grad_(of_kernel)
+        inputs = feats.t().contiguous().t().requires_grad_(of_feats)  # rows that are not side by side in memory
+        run(layer, coords, inputs).feats.square().sum().backward()
+        return inputs.grad, [parameter.grad for parameter in layer.parameters()]
+
+    grad_feats, grad_kernels = gradients(True, True)
+    only_feats, nothing = gradients(True, False)
+    none, only_kernels = gradients(False, True)
+    assert none is None
+    assert not any(grad is not None for grad in nothing)
+    for both, alone in zip([grad_feats, *grad_kernels], [only_feats, *only_kernels], strict=True):
+        assert both is not None
+        assert alone is not None
+        assert torch.equal(both, alone)
+
+
 @pytest.mark.parametrize("size", [3, 5])
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_agrees_with_a_dense_convolution(size: int, dilation: int, algorithm: str, some_voxels: Draw) -> None:
