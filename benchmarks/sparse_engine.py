@@ -3,8 +3,8 @@
     python -m benchmarks.sparse_engine --frames FOLDER      real RGB-D frames, one scene a frame
     python -m benchmarks.sparse_engine --frames synthetic   corners of a room
 
-Both engines run the same weights on the same unordered voxels in alternation, in one process, so that a change of the
-machine's load meets both. Time is process CPU time; the ratio is the median over the pairs, with the 95 % interval of
+Both engines run the same weights on the same voxels in alternation, in one process, so that a change of the machine's
+load meets both. Time is process CPU time; the ratio is the median over the pairs, with the 95 % interval of
 that median (bootstrap). Memory is the peak of the resident memory above what it was before, in a fresh process for each
 engine and size. The floor is the time of the arithmetic alone: the same FLOPs at the rate of this machine's matrix
 product; a U-Net is that and everything else. Points → voxels and back are the same code for both and not counted.
@@ -30,7 +30,7 @@ from benchmarks.inputs import frame_points, joined, synthetic_frames
 from benchmarks.process import fresh, peak_growth
 from bifusion_diag.config.settings import BackboneSettings
 from bifusion_diag.errors import UserError
-from bifusion_diag.model.sparse import Conv3d, ConvTranspose3d, SparseTensor, make_engine, sparse_tensor, voxelize
+from bifusion_diag.model.sparse import Conv3d, ConvTranspose3d, SparseTensor, make_engine, voxelize
 from bifusion_diag.model.unet import Res16UNet
 
 ENGINES = ("native", "minkowski")
@@ -55,35 +55,37 @@ class Cell:
         return NETWORKS[self.network].model_copy(update={"voxel_size": self.voxel_size})
 
     def voxels(self) -> Tensor:
-        """(M, 4) int32 (scene, x, y, z) in random order."""
+        """(M, 4) int64 (scene, x, y, z), as voxelisation leaves them: in lexicographic order."""
         synthetic = self.frames == "synthetic"
         scenes = synthetic_frames(self.count) if synthetic else frame_points(Path(self.frames), self.count)
         points, scene = joined(scenes)
-        coords = voxelize(
-            points, torch.ones(len(points), 1), scene, self.voxel_size, make_engine("native")
-        ).tensor.coords
-        return coords[torch.randperm(len(coords), generator=torch.Generator().manual_seed(1))]
+        ones, engine = torch.ones(len(points), 1), make_engine("native")
+        return voxelize(points, ones, scene, self.voxel_size, engine).tensor.coords.long()
 
 
 class Runner:
     """The U-Net on one engine, and a training step of it without an optimiser."""
 
-    def __init__(self, engine: str, settings: BackboneSettings, coords: Tensor) -> None:
+    def __init__(self, engine: str, settings: BackboneSettings, cells: Tensor) -> None:
         torch.manual_seed(0)
         self.engine = make_engine(engine)
         self.net = Res16UNet(settings, engine=self.engine)
-        self.coords = coords
-        self.feats = torch.randn(len(coords), 3, generator=torch.Generator().manual_seed(2))
-        self.grad = torch.full((len(coords), self.net.out_channels), 1e-3)
+        self.cells = cells
+        self.feats = torch.randn(len(cells), 3, generator=torch.Generator().manual_seed(2))
+        self.grad = torch.full((len(cells), self.net.out_channels), 1e-3)
 
     def step(self) -> tuple[float, float]:
         """CPU seconds of a forward pass, and of forward and backward."""
         self.net.zero_grad()
         start = time.process_time()
-        out = self.net(sparse_tensor(self.coords, self.feats, self.engine)).feats
+        out = self.net(self._input()).feats
         middle = time.process_time()
         out.backward(self.grad)
         return middle - start, time.process_time() - start
+
+    def _input(self) -> SparseTensor:
+        """The voxels with nothing known about them yet."""
+        return SparseTensor(self.feats, 1, self.engine.maps(self.cells))
 
     def flops(self) -> float:
         """Floating-point operations of the convolutions of a step: of pairs that exist, forward and both gradients."""
@@ -97,7 +99,7 @@ class Runner:
 
         convolutions = [module for module in self.net.modules() if isinstance(module, Conv3d | ConvTranspose3d)]
         hooks = [module.register_forward_hook(count) for module in convolutions]
-        self.net(sparse_tensor(self.coords, self.feats, self.engine))
+        self.net(self._input())
         for hook in hooks:
             hook.remove()
         return total
@@ -145,8 +147,8 @@ def median_interval(values: list[float]) -> tuple[float, float]:
 
 def measure(cell: Cell, pairs: int) -> Measurement:
     """Alternate the engines on one input; then their memory, each in a process of its own."""
-    coords = cell.voxels()
-    runners = {name: Runner(name, cell.settings(), coords) for name in ENGINES}
+    cells = cell.voxels()
+    runners = {name: Runner(name, cell.settings(), cells) for name in ENGINES}
     runs: dict[str, list[tuple[float, float]]] = {name: [] for name in ENGINES}
     rates = [torch_rate()]
     for pair in range(pairs + 1):  # the first warms up
@@ -161,7 +163,7 @@ def measure(cell: Cell, pairs: int) -> Measurement:
     return Measurement(
         voxel_size=cell.voxel_size,
         frames=cell.count,
-        voxels=len(coords),
+        voxels=len(cells),
         pairs=pairs,
         seconds=seconds,
         forward_ratio=statistics.median(ours / theirs for ours, theirs in zip(*forward, strict=True)),
@@ -183,9 +185,9 @@ def peak_of(cell: Cell, engine: str) -> int:
 
 def print_peak(cell: Cell, engine: str) -> None:
     """The other end of :func:`peak_of`. A step on a few voxels comes first: libraries do not count."""
-    coords = cell.voxels()
-    Runner(engine, cell.settings(), coords[:64]).step()
-    runner = Runner(engine, cell.settings(), coords)
+    cells = cell.voxels()
+    Runner(engine, cell.settings(), cells[:64]).step()
+    runner = Runner(engine, cell.settings(), cells)
     print(json.dumps({"peak_bytes": peak_growth(lambda: [runner.step() for _ in range(STEPS_FOR_MEMORY)])}))
 
 
