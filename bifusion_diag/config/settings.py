@@ -456,6 +456,15 @@ class DataSettings(Strict):
     augment: AugmentSettings = AugmentSettings()
     flaws: FlawSettings = FlawSettings()
 
+    @model_validator(mode="after")
+    def _masks_are_used(self) -> DataSettings:
+        if self.masks != "graph" and self.superpoints != "masks":
+            raise ValueError(
+                f"data.masks '{self.masks}' has no effect with data.superpoints={self.superpoints}: set "
+                "data.superpoints=masks"
+            )
+        return self
+
 
 class Settings(Strict):
     """All settings of a run."""

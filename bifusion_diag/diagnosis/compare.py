@@ -47,6 +47,7 @@ class RunAssessment:
         unmeasured: rules that had no data.
         modules: gradients by module, in execution order.
         verdict: on the run by itself.
+        limits: what has to be said beside its numbers; of a comparison, see there.
     """
 
     name: str
@@ -61,6 +62,7 @@ class RunAssessment:
     unmeasured: tuple[Unmeasured, ...]
     modules: tuple[ModuleGradient, ...]
     verdict: Verdict
+    limits: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,9 @@ def assess_run(run: Run, thresholds: Thresholds = DEFAULT_THRESHOLDS) -> RunAsse
         raise UserError(
             f"run {run.header.name!r} recorded no step: there is nothing to report. Its status: {run.status}."
         )
-    return _assess(run, display_name(run), run.steps, None, thresholds)
+    assessment = _assess(run, display_name(run), run.steps, None, thresholds)
+    reduced = () if is_exact(run) else ("The record is reduced: curves by module show buckets of several steps.",)
+    return replace(assessment, limits=(*reduced, *validation_limits([("this run", run)])))
 
 
 def compare_runs(baseline: Run, candidate: Run, thresholds: Thresholds = DEFAULT_THRESHOLDS) -> RunComparison:

@@ -19,7 +19,12 @@ def validation_of(run: Run) -> Mapping[str, Any]:
 
 def against(run: Run) -> str:
     """What mIoU and AP are measured against, where that is not the truth; "" where it is, or was not recorded."""
-    labels = str(validation_of(run).get("labels", ""))
+    return measured_against(validation_of(run))
+
+
+def measured_against(validation: Mapping[str, Any]) -> str:
+    """As :func:`against`, of the provenance of validation scenes."""
+    labels = str(validation.get("labels", ""))
     return f"against {labels}" if "pseudo" in labels else ""
 
 

@@ -12,11 +12,10 @@ from bifusion_diag.diagnosis.criteria import Criterion
 from bifusion_diag.diagnosis.definitions import DEFINITIONS, definition_of, member_of
 from bifusion_diag.diagnosis.findings import Finding, Unmeasured
 from bifusion_diag.diagnosis.modules import ModuleGradient, ModulePair
-from bifusion_diag.diagnosis.names import is_exact, loss_terms
+from bifusion_diag.diagnosis.names import loss_terms
 from bifusion_diag.diagnosis.parting import Parting
 from bifusion_diag.diagnosis.quantity import NotMeasured, Reading
 from bifusion_diag.diagnosis.settings_diff import ABSENT, flatten
-from bifusion_diag.diagnosis.validation import validation_limits
 from bifusion_diag.diagnosis.verdict import Verdict
 from bifusion_diag.record.schema import Run
 from bifusion_diag.reports.numbers import ratio_text, text
@@ -269,10 +268,7 @@ def run_page(assessment: RunAssessment, run: Run) -> Page:
         ],
         baseline_findings=(),
         facts=_facts([assessment.name], [run]),
-        limits=[
-            *(() if is_exact(run) else ("The record is reduced: curves by module show buckets of several steps.",)),
-            *validation_limits([("this run", run)]),
-        ],
+        limits=list(assessment.limits),
         timeline=draw_timeline([trace]),
         validation=draw_validation([trace]),
         heatmap=draw_heatmap([trace]),

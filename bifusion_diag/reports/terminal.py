@@ -59,8 +59,7 @@ def print_comparison(console: Console, comparison: RunComparison) -> None:
         table.add_row(Text(_criterion(console, mine)), _result(mine), _result(theirs), "")
     console.print(table)
     _print_findings(console, right.findings)
-    for limit in comparison.limits:
-        console.print(Text(limit, style="dim"))
+    _print_limits(console, comparison.limits)
 
 
 def print_run(console: Console, assessment: RunAssessment) -> None:
@@ -77,6 +76,12 @@ def print_run(console: Console, assessment: RunAssessment) -> None:
         table.add_row(Text(_criterion(console, criterion)), _result(criterion))
     console.print(table)
     _print_findings(console, assessment.findings)
+    _print_limits(console, assessment.limits)
+
+
+def _print_limits(console: Console, limits: Sequence[str]) -> None:
+    for limit in limits:
+        console.print(Text(limit, style="dim"))
 
 
 def _print_verdict(console: Console, verdict: Verdict) -> None:

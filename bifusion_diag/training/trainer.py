@@ -17,6 +17,7 @@ from torch import Tensor
 from bifusion_diag.config import Settings, settings_from_dict
 from bifusion_diag.data import Batch, BatchLoader
 from bifusion_diag.diagnosis import SpikeDetector, measure_record, measures_to_dict
+from bifusion_diag.diagnosis.validation import measured_against
 from bifusion_diag.errors import UserError
 from bifusion_diag.model.build import build_model
 from bifusion_diag.model.checkpoints import load_weights
@@ -132,6 +133,8 @@ class Trainer:
             restore_checkpoint(checkpoint, self.model, self.optimizer)
             self.first_step = checkpoint.step
             self.spikes = SpikeDetector(checkpoint.info["grad_norms"])
+        validation = {} if self.evaluator is None else {"validation": self.evaluator.provenance()}
+        self.against = measured_against(validation.get("validation", {}))
         header = RunHeader(
             name=out.stem,
             command=shlex.join(["bifusion-diag", *command]),
@@ -144,7 +147,7 @@ class Trainer:
                 "labels": source.describe()["labels"],
                 "data": source.describe(),
                 "scenes_per_epoch": self.loader.scenes_per_epoch,
-                **({} if self.evaluator is None else {"validation": self.evaluator.provenance()}),
+                **validation,
             },
             parameters={name: size._asdict() for name, size in self.model.part_sizes().items()},
             probes=probes,
@@ -255,7 +258,8 @@ class Trainer:
         if metrics:
             shown = {"mIoU": "eval/miou", "AP50": "eval/ap50"}
             numbers = [f"{word} {metrics[name]:.4f}" for word, name in shown.items() if name in metrics]
-            display.note(f"evaluated after {done} steps: {' · '.join(numbers) or 'nothing is labelled'}")
+            words = f"{' · '.join(numbers)} {self.against}".rstrip() if numbers else "nothing is labelled"
+            display.note(f"evaluated after {done} steps: {words}")
         return metrics
 
     def _judge(

@@ -62,6 +62,11 @@ def with_masks(capture: Path, **options: object) -> RGBDFolder:
     return RGBDFolder(capture, DataSettings(**{**ALL, **settings, **options}))
 
 
+def test_masks_that_nothing_would_read_are_an_error() -> None:
+    with pytest.raises(ValueError, match=r"data\.masks 'folder' has no effect.*set data\.superpoints=masks"):
+        DataSettings(masks="folder")
+
+
 def test_masks_of_a_folder_cut_and_join_the_points_of_their_pixels(capture: Path) -> None:
     source = with_masks(capture)
     scene = source[0].validate()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import signal
@@ -261,6 +262,16 @@ def test_another_folder_is_evaluated_on_and_its_labels_are_named(train: Train, c
     assert run.provenance["validation"]["folder"] == str(capture)
     assert "pseudo" in run.provenance["validation"]["labels"]
     assert list(recorded(run, "eval/miou")) == [0, 1]
+
+
+def test_the_console_says_that_labels_are_pseudo_labels(tiny: Make, capture: Path, tmp_path: Path) -> None:
+    said = []
+    for name, source in (("rooms", ()), ("frames", (f"evaluation.source={capture}",))):
+        console = Console(file=io.StringIO(), width=200)
+        Trainer(tiny("baseline-5cm", *EVALUATED, *source, steps=1), tmp_path / f"{name}.json", [], [], console).run()
+        said.append(console.file.getvalue())  # type: ignore[attr-defined]
+    assert all("evaluated after 1 steps: mIoU" in each for each in said)
+    assert ["against geometric pseudo-labels (no ground truth)" in each for each in said] == [False, True]
 
 
 def test_scenes_without_points_are_passed_over_and_a_source_without_scenes_is_an_error(
