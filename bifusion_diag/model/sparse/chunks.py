@@ -29,9 +29,9 @@ class Piece:
 
 @dataclass(frozen=True)
 class Chunk:
-    """The pairs of some consecutive output rows, sorted by (offset, row), the centre offset last.
+    """The pairs of some consecutive output rows, sorted by (offset, row).
 
-    The centre's pairs (every row with itself) are in no piece: they need no gathering.
+    The centre's pairs (every row with itself) are not among them: they need no gathering.
     """
 
     start: int
@@ -39,7 +39,7 @@ class Chunk:
     pieces: tuple[Piece, ...]
     lengths: tuple[int, ...]  # pairs of each run of all pieces
     pairs: int  # their sum
-    bag: Tensor  # (pairs or pairs + rows,) int32 pairs sorted by (row, offset)
+    bag: Tensor  # (pairs,) int32 pairs sorted by (row, offset)
     bag_start: Tensor  # (rows,) int32 where each row's pairs start in `bag`
 
 
@@ -47,25 +47,20 @@ def plan(table: Tensor, centre: int | None) -> list[Chunk]:
     """The chunks of a table (K, M) int32 of partner rows, -1 = none; ``centre``: offset that needs no gathering."""
     order = [index for index in range(len(table)) if index != centre]
     if centre is not None:
-        order.append(centre)
-        table = table.index_select(0, torch.tensor(order, device=table.device))
+        table = table.index_select(0, torch.tensor(order, dtype=torch.int64, device=table.device))
     rows = table.shape[1]
-    return [
-        _chunk(table, order, start, min(start + CHUNK_ROWS, rows), centre is not None)
-        for start in range(0, rows, CHUNK_ROWS)
-    ]
+    return [_chunk(table, order, start, min(start + CHUNK_ROWS, rows)) for start in range(0, rows, CHUNK_ROWS)]
 
 
-def _chunk(table: Tensor, kernel_index: list[int], start: int, stop: int, has_centre: bool) -> Chunk:
+def _chunk(table: Tensor, kernel_index: list[int], start: int, stop: int) -> Chunk:
     part = table[:, start:stop].contiguous()
     rows = stop - start
     hit = part >= 0
-    listed = hit[:-1] if has_centre else hit
-    cell = listed.flatten().nonzero().view(-1)  # a pair is cell offset · rows + row of the part
+    cell = hit.flatten().nonzero().view(-1)  # a pair is cell offset · rows + row of the part
     source = part.view(-1).index_select(0, cell)
     per_row = hit.sum(0, dtype=torch.int32)
     position = (hit.view(-1).cumsum(0, dtype=torch.int32) - 1).view_as(hit).t().contiguous()
-    pieces = _pieces(source, (cell % rows).int(), kernel_index, listed.sum(1).tolist())
+    pieces = _pieces(source, (cell % rows).int(), kernel_index, hit.sum(1).tolist())
     return Chunk(
         start,
         stop,
@@ -80,7 +75,7 @@ def _chunk(table: Tensor, kernel_index: list[int], start: int, stop: int, has_ce
 def _pieces(source: Tensor, local: Tensor, kernel_index: list[int], lengths: list[int]) -> tuple[Piece, ...]:
     groups: list[list[tuple[int, int]]] = []
     room = 0
-    for index, length in zip(kernel_index, lengths, strict=False):  # the centre has an index, and no run
+    for index, length in zip(kernel_index, lengths, strict=True):
         if not length:
             continue
         if not groups or length > room:

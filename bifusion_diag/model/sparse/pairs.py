@@ -29,15 +29,15 @@ def convolve(feats: Tensor, kernel: Tensor, kernel_map: KernelMap, work: Workspa
     kernels = _by_offset(kernel, table)
     for chunk in table.chunks:
         rows = slice(chunk.start, chunk.stop)
-        products = _products(chunk, table, kernel.shape[2], feats, work)
-        room = iter(products[: chunk.pairs].split(chunk.lengths))
+        products = work.take("products", chunk.pairs, kernel.shape[2], feats)
+        room = iter(products.split(chunk.lengths))
         for piece in chunk.pieces:
             gathered = work.gather("gathered", feats, piece.source).split(piece.lengths)
             for index, partners in zip(piece.offsets, gathered, strict=True):
                 torch.mm(partners, kernels[index], out=next(room))
-        if table.centre is not None:
-            torch.mm(feats[rows], kernels[table.centre], out=products[chunk.pairs :])
         _reduce(chunk, products, table, out[rows])
+        if table.centre is not None:
+            out[rows].addmm_(feats[rows], kernels[table.centre])
     return out
 
 
@@ -59,8 +59,8 @@ def gradients(
     kernels = _by_offset(kernel.transpose(1, 2), table)
     for chunk in table.chunks:
         rows = slice(chunk.start, chunk.stop)
-        products = _products(chunk, table, kernel.shape[1], feats, work)
-        room = iter(products[: chunk.pairs].split(chunk.lengths))
+        products = work.take("products", chunk.pairs, kernel.shape[1], feats)
+        room = iter(products.split(chunk.lengths))
         for piece in chunk.pieces:
             gathered = work.gather("gathered", grad_out, piece.source).split(piece.lengths)
             if grad_feats is not None:
@@ -70,12 +70,12 @@ def gradients(
                 own = work.gather("own", feats[rows], piece.local).t().split(piece.lengths, 1)
                 for index, inputs, grads in zip(piece.offsets, own, gathered, strict=True):
                     sums.add(index, inputs, grads)
-        if table.centre is not None and grad_feats is not None:
-            torch.mm(grad_out[rows], kernels[table.centre], out=products[chunk.pairs :])
-        if table.centre is not None and sums is not None:
-            sums.add(table.centre, feats[rows].t(), grad_out[rows])
         if grad_feats is not None:
             _reduce(chunk, products, table, grad_feats[rows])
+        if table.centre is not None and grad_feats is not None:
+            grad_feats[rows].addmm_(grad_out[rows], kernels[table.centre])
+        if table.centre is not None and sums is not None:
+            sums.add(table.centre, feats[rows].t(), grad_out[rows])
     return grad_feats, None if sums is None else sums.finish()
 
 
@@ -106,12 +106,6 @@ def _by_offset(kernel: Tensor, table: PairTable) -> tuple[Tensor, ...]:
     """The kernel's K matrices in the order of the table's offsets."""
     matrices = kernel.unbind(0)
     return matrices[::-1] if table.mirrored else matrices
-
-
-def _products(chunk: Chunk, table: PairTable, channels: int, like: Tensor, work: Workspace) -> Tensor:
-    """Room for one product per pair of the chunk, those of the centre offset at the end."""
-    rows = 0 if table.centre is None else chunk.stop - chunk.start
-    return work.take("products", chunk.pairs + rows, channels, like)
 
 
 def _reduce(chunk: Chunk, products: Tensor, table: PairTable, out: Tensor) -> None:
