@@ -5,28 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from bifusion_diag.cli.app import app, main
+from bifusion_diag.cli.app import app
 from bifusion_diag.record import load_run
 
+Command = Callable[..., tuple[int, str]]
 SMALL = [
     "--scale", "small", "--steps", "3", "--batch-size", "1", "--set", "data.scenes=2", "--set", "data.max_points=500",
     "--set", "data.image_height=48", "--set", "data.image_width=64", "--set", "data.superpoint_size=0.5",
 ]  # fmt: skip
-
-
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
-    """Run ``bifusion-diag`` in this process; its exit code and everything it printed."""
-    monkeypatch.setattr(sys, "argv", ["bifusion-diag", *map(str, arguments)])
-    monkeypatch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit) as ended:
-        main()
-    captured = capsys.readouterr()
-    return int(ended.value.code or 0), captured.out + captured.err
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +42,8 @@ def test_train_says_what_it_wrote_and_the_record_says_how(records: tuple[Path, P
     assert list(records[1].with_suffix(".tensorboard").glob("events*"))
 
 
-def test_compare_writes_report_and_data_and_prints_a_verdict(
-    records: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, text = command(monkeypatch, capsys, "compare", *records, "--html", "out/report.html", "--json", "out.json")
+def test_compare_writes_report_and_data_and_prints_a_verdict(command: Command, records: tuple[Path, Path]) -> None:
+    code, text = command("compare", *records, "--html", "out/report.html", "--json", "out.json")
     assert code == 0, text
     assert text.splitlines()[-2:] == ["data: out.json", "report: out/report.html"]
     assert "not enough data" in text  # three steps are no ground for a verdict
@@ -66,45 +56,41 @@ def test_compare_writes_report_and_data_and_prints_a_verdict(
 
 
 def test_report_of_one_run_lands_beside_it_and_leaves_the_record_alone(
-    records: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: Command, records: tuple[Path, Path]
 ) -> None:
     before = records[0].read_bytes()
-    code, text = command(monkeypatch, capsys, "report", records[0])
+    code, text = command("report", records[0])
     assert code == 0, text
     assert records[0].with_name("baseline-5cm.report.html").is_file()
     assert records[0].read_bytes() == before
 
 
 def test_report_of_the_record_folder_that_one_stands_in(
-    records: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: Command, records: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = records[1].with_name("bifusion.report.html")
     monkeypatch.chdir(records[1].with_suffix(".record"))
-    code, text = command(monkeypatch, capsys, "report", ".")
+    code, text = command("report", ".")
     assert (code, page.is_file()) == (0, True), text
 
 
-def test_presets_are_listed_and_one_can_be_printed_as_a_config(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, text = command(monkeypatch, capsys, "presets")
+def test_presets_are_listed_and_one_can_be_printed_as_a_config(command: Command) -> None:
+    code, text = command("presets")
     assert (code, "bifusion-fragile" in text) == (0, True)
-    code, text = command(monkeypatch, capsys, "presets", "baseline")
+    code, text = command("presets", "baseline")
     assert (code, "voxel_size: 0.02" in text) == (0, True)
 
 
-def test_params_are_counted_beside_the_documents_claims(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, text = command(monkeypatch, capsys, "params", "--model", "baseline")
+def test_params_are_counted_beside_the_documents_claims(command: Command) -> None:
+    code, text = command("params", "--model", "baseline")
     total = next(line for line in text.splitlines() if line.startswith("total"))
     assert (code, total.split()[:3]) == (0, ["total", "41,459,787", "41,459,787"])
     assert "about 41 M (001)" in total
-    code, text = command(monkeypatch, capsys, "params", "--model", "mask3d")
+    code, text = command("params", "--model", "mask3d")
     assert (code, "39,638,121" in text, "41 M" in text) == (0, True, False)
-    code, text = command(monkeypatch, capsys, "params", "--model", "bifusion", "--set", "scale=small")
+    code, text = command("params", "--model", "bifusion", "--set", "scale=small")
     assert (code, "89 M" in text, "(small)" in text) == (0, False, True)
-    code, text = command(monkeypatch, capsys, "params", "--model", "bifusion-simple")
+    code, text = command("params", "--model", "bifusion-simple")
     assert (code, "89 M" in text, "encoder.clip" in text) == (0, False, False)
 
 
@@ -124,29 +110,25 @@ def test_params_are_counted_beside_the_documents_claims(
     ],
 )
 def test_bad_input_to_train_exits_2_with_the_cure_and_writes_nothing(
-    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: Command, arguments: list[str], message: str
 ) -> None:
     given = [*SMALL, *arguments] if "--steps" not in arguments else arguments
-    code, text = command(monkeypatch, capsys, "train", *given, "--out", "run.json")
+    code, text = command("train", *given, "--out", "run.json")
     assert code == 2
     assert message in text
     assert "Traceback" not in text
     assert list(Path.cwd().iterdir()) == []
 
 
-def test_an_output_that_cannot_be_written_exits_2_before_training(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_output_that_cannot_be_written_exits_2_before_training(command: Command) -> None:
     Path("file").write_text("in the way")
-    code, text = command(monkeypatch, capsys, "train", *SMALL, "--out", "file/run.json")
+    code, text = command("train", *SMALL, "--out", "file/run.json")
     assert (code, "cannot be recorded there" in text) == (2, True)
-    code, text = command(monkeypatch, capsys, "train", *SMALL, "--out", ".")
+    code, text = command("train", *SMALL, "--out", ".")
     assert (code, "Traceback" in text) == (2, False)
 
 
-def test_records_that_cannot_be_read_exit_2(
-    records: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_records_that_cannot_be_read_exit_2(command: Command, records: tuple[Path, Path]) -> None:
     whole = records[0].read_text()
     newer = json.loads(whole) | {"schema_version": "9.0"}
     for name, content, message in (
@@ -155,11 +137,11 @@ def test_records_that_cannot_be_read_exit_2(
         ("other.json", '{"a": 1}', "other.json"),
     ):
         Path(name).write_text(content)
-        code, text = command(monkeypatch, capsys, "compare", records[0], name)
+        code, text = command("compare", records[0], name)
         assert (code, message in text, "Traceback" in text) == (2, True, False), text
-    code, text = command(monkeypatch, capsys, "report", "missing.json")
+    code, text = command("report", "missing.json")
     assert (code, "missing.json" in text) == (2, True)
-    code, text = command(monkeypatch, capsys, "compare", *records, "--html", ".")
+    code, text = command("compare", *records, "--html", ".")
     assert (code, "cannot be written" in text) == (2, True)
 
 
@@ -184,31 +166,27 @@ def test_compare_imports_no_torch(records: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.slow
-def test_the_main_job_on_real_frames(
-    real_frames: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_main_job_on_real_frames(command: Command, real_frames: Path) -> None:
     """Small models here; ``benchmarks/real_frames.py`` runs the full ones."""
     for preset in ("baseline-5cm", "bifusion"):
         arguments = ["--model", preset, "--scale", "small", "--data", real_frames, "--steps", 4, "--batch-size", 1]
-        code, text = command(monkeypatch, capsys, "train", *arguments, "--probe", "all", "--out", f"{preset}.json")
+        code, text = command("train", *arguments, "--probe", "all", "--out", f"{preset}.json")
         assert code == 0, text
     run = load_run(Path("bifusion.json"))
     assert run.provenance["labels"] == "geometric pseudo-labels (no ground truth)"
     valid = run.series("projection/valid_share")
     assert valid is not None
     assert valid.value.min() > 0.95  # single views: nearly every point is seen by its own frame
-    code, text = command(monkeypatch, capsys, "compare", "baseline-5cm.json", "bifusion.json", "--html", "report.html")
+    code, text = command("compare", "baseline-5cm.json", "bifusion.json", "--html", "report.html")
     assert (code, "pseudo-labels" in Path("report.html").read_text()) == (0, True), text
 
 
-def test_clip_cache_is_filled_and_a_place_that_takes_none_is_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_clip_cache_is_filled_and_a_place_that_takes_none_is_named(command: Command) -> None:
     Path("file").write_text("")
-    code, text = command(monkeypatch, capsys, "train", *SMALL, "--clip-cache", "file", "--out", "run.json")
+    code, text = command("train", *SMALL, "--clip-cache", "file", "--out", "run.json")
     assert (code, Path("run.json").exists(), Path("run.record").exists()) == (2, False, False)
     assert "model.clip.cache_folder: nothing can be kept in file" in text
     assert "Traceback" not in text
-    code, text = command(monkeypatch, capsys, "train", *SMALL, "--clip-cache", "kept", "--out", "run.json")
+    code, text = command("train", *SMALL, "--clip-cache", "kept", "--out", "run.json")
     assert code == 0, text
     assert len(list(Path("kept").rglob("*.safetensors"))) == 2  # one an image: two scenes of one view

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from bifusion_diag.cli.app import main
 from bifusion_diag.config import load_settings
 from bifusion_diag.model.build import build_model
 
-
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
-    """Run ``bifusion-diag`` in this process; its exit code and everything it printed."""
-    monkeypatch.setattr(sys, "argv", ["bifusion-diag", *map(str, arguments)])
-    monkeypatch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit) as ended:
-        main()
-    captured = capsys.readouterr()
-    return int(ended.value.code or 0), captured.out + captured.err
+Command = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
@@ -33,11 +24,9 @@ def backbone() -> Path:
     return Path("unet.pth")
 
 
-def test_params_shows_what_of_a_file_fits(
-    backbone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_params_shows_what_of_a_file_fits(command: Command, backbone: Path) -> None:
     small = ("--model", "baseline", "--set", "scale=small")
-    code, text = command(monkeypatch, capsys, "params", *small, "--init-from", backbone)
+    code, text = command("params", *small, "--init-from", backbone)
     assert code == 0, text
     rows = {line.split("  ")[0]: " ".join(line.split()) for line in text.splitlines()}
     assert "unet.pth: Res16UNet" in text
@@ -48,9 +37,7 @@ def test_params_shows_what_of_a_file_fits(
 
 
 @pytest.mark.parametrize("name", ["train", "params"])
-def test_a_file_that_does_not_fit_exits_2_and_nothing_is_written(
-    name: str, backbone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_that_does_not_fit_exits_2_and_nothing_is_written(command: Command, name: str, backbone: Path) -> None:
     Path("broken.pth").write_bytes(b"<html>")
     out = ("--out", "run.json", "--steps", "1") if name == "train" else ()
     wide = ("--set", "model.backbone.init_dim=12", "--set", "model.backbone.planes=[12,12,12,12,12,12,12,12]")
@@ -60,13 +47,11 @@ def test_a_file_that_does_not_fit_exits_2_and_nothing_is_written(
         (backbone, "nothing of unet.pth (Res16UNet) fits this model; of another shape: ", wide),
     ):
         arguments = (name, "--model", "baseline", "--set", "scale=small", *extra, *out, "--init-from", file)
-        code, text = command(monkeypatch, capsys, *arguments)
+        code, text = command(*arguments)
         assert (code, message in text, "Traceback" in text) == (2, True, False), text
     assert {path.name for path in Path.cwd().iterdir()} == {"broken.pth", "unet.pth"}
 
 
-def test_a_resumed_run_takes_no_other_weights(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, text = command(monkeypatch, capsys, "train", "--resume", "--out", "run.json", "--init-from", "x.pth")
+def test_a_resumed_run_takes_no_other_weights(command: Command) -> None:
+    code, text = command("train", "--resume", "--out", "run.json", "--init-from", "x.pth")
     assert (code, "give nothing else but --out" in text) == (2, True)
