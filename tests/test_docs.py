@@ -39,7 +39,7 @@ def test_the_monitor_example_of_the_readme_records_a_users_model() -> None:
             return self.net(batch).square().mean()
 
     exec(code(ROOT / "README.md"), names | {"model": Model()})
-    run = load_run("runs/mine.json")
+    run = load_run("runs/mine/run.json")
     assert (run.status, len(run.steps)) == ("completed", 5)
     assert run.series("grads/net.0/param_norm").value.min() > 0
     assert run.series("train/grad_norm") is not None
@@ -57,8 +57,8 @@ def test_the_probe_example_of_the_docs_measures_what_it_says() -> None:
             return Output(x)
 
     model = Model()
-    with Monitor(model, [names["LogitProbe"]()]) as monitor:
-        with monitor.step(0):
+    with Monitor(model, probes=[names["LogitProbe"]()]) as monitor:
+        with monitor.step():
             model(torch.tensor([1.0, 3.0]))
         monitor.end_step()
         assert monitor.latest()["logits/mean"] == 2.0

@@ -1,8 +1,9 @@
 """The instruments: the Monitor, the base of all probes, and one small file a probe. Knows PyTorch, knows no model."""
 
-from bifusion_diag.probes.base import ROOT, FieldProbe, Key, Probe, Reading, always
+from bifusion_diag.probes.base import ROOT, Call, Probe, Reading, Schedule, Subject
 from bifusion_diag.probes.catalogue import PROBES, make_probes
 from bifusion_diag.probes.clip import ClipProbe
+from bifusion_diag.probes.fields import FieldProbe, Key
 from bifusion_diag.probes.gate import GateProbe
 from bifusion_diag.probes.grads import GradsProbe
 from bifusion_diag.probes.losses import LossesProbe
@@ -12,6 +13,7 @@ from bifusion_diag.probes.projection import ProjectionProbe
 __all__ = [
     "PROBES",
     "ROOT",
+    "Call",
     "ClipProbe",
     "FieldProbe",
     "GateProbe",
@@ -22,6 +24,7 @@ __all__ = [
     "Probe",
     "ProjectionProbe",
     "Reading",
-    "always",
+    "Schedule",
+    "Subject",
     "make_probes",
 ]

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-
-from bifusion_diag.probes.norms import to_float32
+from torch.optim import Optimizer
 
 Schedule = Callable[[int], bool]
 ROOT = "(root)"  # stands for the model itself in names
 
 
-def always(step: int) -> bool:
-    """Measure at every step."""
-    return True
+def schedule(every: int | Schedule) -> Schedule:
+    """When to measure: at the steps that are a multiple of a number, or those of which a function is true."""
+    if callable(every):
+        return every
+    assert every >= 1, f"every={every}: give a number of steps from 1 on"
+    return lambda step: step % every == 0
 
 
 class Reading(NamedTuple):
@@ -35,27 +38,63 @@ class Reading(NamedTuple):
     edges: tuple[float, ...] | None = None
 
 
+class Call(NamedTuple):
+    """One call of a module, as its forward ended."""
+
+    name: str
+    module: nn.Module
+    inputs: tuple[Any, ...]
+    keywords: Mapping[str, Any]
+    output: Any
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured."""
+
+    model: nn.Module  # without DistributedDataParallel around it
+    modules: Mapping[str, nn.Module]  # those that have hooks, by name; ROOT is the model
+    optimizers: tuple[Optimizer, ...]
+    inverse_scale: Callable[[], Tensor | None]  # () what turns a scaled gradient into the true one; None: not scaled
+    paused: Callable[[], AbstractContextManager[None]]  # inside, forwards and backwards are nobody's step
+
+
 class Probe:
-    """Base of all probes.
+    """Base of all probes. A step calls, in this order::
+
+        begin()               the step begins, and the probe is due
+        batch(batch)          if the step was given its batch
+        seen(call)            each time that a watched module's forward ends, or an output is one that the probe reads
+        backward_began()      the first gradient reaches the model's output, or that of a watched module
+        gradient(name, g)     each time that a gradient reaches an output of a module with watches_gradient
+        backward_ended()      gradients are complete, reduced over processes, not yet clipped. With gradient
+                              accumulation, after every backward of the step
+        before_update()       an optimiser is about to step
+        after_update()        it has stepped
+        collect()             the step block ends
 
     Args:
         name: prefix of its series, where two probes of one kind watch different modules.
-        every: function step → bool that says when to measure.
+        every: steps from one measurement to the next, or a function step → bool. None: :attr:`period`.
     """
 
     KEYS: ClassVar[dict[str, str]] = {}  # key → meaning; <module> and <term> stand for any
     prefix: ClassVar[str]
-    sees_repeats: ClassVar[bool] = False  # whether seen() also gets what activation checkpointing runs again
+    period: ClassVar[int] = 1  # steps from one measurement to the next, unless told otherwise
 
-    def __init__(self, *, name: str | None = None, every: Schedule = always) -> None:
+    def __init__(self, *, name: str | None = None, every: int | Schedule | None = None) -> None:
         self.name = name or self.prefix
-        self.every = every
+        self.every = schedule(self.period if every is None else every)
 
-    def attach(self, model: nn.Module) -> None:
-        """Learn the model's modules. Called once, when the Monitor opens."""
+    def attach(self, subject: Subject) -> None:
+        """Learn what is measured. Called once, when the Monitor opens."""
 
     def watches(self, name: str, module: nn.Module) -> bool:
-        """Whether :meth:`seen` gets every output of this module."""
+        """Whether :meth:`seen` gets every call of this module."""
+        return False
+
+    def watches_gradient(self, name: str, module: nn.Module) -> bool:
+        """Whether :meth:`gradient` gets the gradients of this module's outputs."""
         return False
 
     def reads(self, output: Any) -> bool:
@@ -65,91 +104,30 @@ class Probe:
     def begin(self) -> None:
         """A step that is due begins: forget the last one."""
 
-    def seen(self, name: str, output: Any) -> None:
+    def batch(self, batch: Any) -> None:
+        """The batch of the step, as the loop gave it."""
+
+    def seen(self, call: Call) -> None:
         """A module's forward ended. Must detach what it reads, and keep neither the output nor a part of it."""
 
+    def backward_began(self) -> None:
+        """A backward pass began."""
+
+    def gradient(self, name: str, gradient: Tensor) -> None:
+        """A gradient arrived at an output of a module. Must not be kept nor changed."""
+
+    def backward_ended(self) -> None:
+        """A backward pass ended."""
+
+    def before_update(self, optimizer: Optimizer) -> None:
+        """An optimiser is about to step."""
+
+    def after_update(self, optimizer: Optimizer) -> None:
+        """An optimiser has stepped."""
+
     def collect(self) -> Iterable[Reading]:
-        """The step's readings, after its backward. Must not synchronise with the device."""
+        """The step's readings. Must not synchronise with the device."""
         raise NotImplementedError
-
-
-class Key(NamedTuple):
-    """A number of a :class:`FieldProbe`."""
-
-    over_calls: str  # how the calls of a step are put together: "sum", "mean", "min" or "max"
-    meaning: str
-
-
-class FieldProbe(Probe):
-    """Base of probes that measure named fields of a module's output.
-
-    The first module whose output has the fields, with no None among them, is the one that is watched from then on.
-
-    Args:
-        modules: name patterns of the modules that may be watched; "*" is any.
-    """
-
-    TABLE: ClassVar[dict[str, Key]] = {}
-    NAN_IS_MISSING: ClassVar[bool] = True  # NaN stands for "nothing to measure"; False where it is a true value
-
-    def __init__(self, *, modules: Sequence[str] = ("*",), name: str | None = None, every: Schedule = always) -> None:
-        super().__init__(name=name, every=every)
-        self.modules = tuple(modules)
-        self._sources: dict[tuple[str, ...], str] = {}
-        self._calls: dict[tuple[str, ...], list[Tensor]] = {}
-
-    def __init_subclass__(cls) -> None:
-        cls.KEYS = {key: entry.meaning for key, entry in cls.TABLE.items()}
-
-    def begin(self) -> None:
-        self._calls = {}
-
-    def fields_of(self, name: str, output: Any, fields: tuple[str, ...]) -> list[Any] | None:
-        """The fields of an output, None unless it has all of them and the module is the one that is watched."""
-        values = [get_field(output, field) for field in fields]
-        if any(value is None for value in values) or not matches(name, self.modules):
-            return None
-        return values if self._sources.setdefault(fields, name) == name else None
-
-    def record(self, keys: tuple[str, ...], values: Sequence[Tensor]) -> None:
-        """Keep the numbers of one call: one () tensor a key, NaN where there is nothing to measure."""
-        packed = torch.stack([value.double() for value in values])
-        self._calls.setdefault(keys, []).append(packed)
-
-    def collect(self) -> Iterator[Reading]:
-        for keys, calls in self._calls.items():
-            values = calls[0] if len(calls) == 1 else self._combined(keys, torch.stack(calls))
-            names = tuple(f"{self.name}/{key}" for key in keys)
-            yield Reading(names, to_float32(values), nan_is_missing=self.NAN_IS_MISSING)
-
-    def over_calls(self, key: str) -> str:
-        """How the calls of a step are put together."""
-        return self.TABLE[key].over_calls
-
-    def _combined(self, keys: tuple[str, ...], calls: Tensor) -> Tensor:
-        """Put calls (calls, keys) together. What was not measured in one call is taken from the others."""
-        gone = calls.isnan() if self.NAN_IS_MISSING else torch.zeros_like(calls, dtype=torch.bool)
-        total = calls.masked_fill(gone, 0.0).sum(0)
-        by_rule = {
-            "sum": total,
-            "mean": total / (~gone).sum(0),
-            "min": calls.masked_fill(gone, torch.inf).amin(0),
-            "max": calls.masked_fill(gone, -torch.inf).amax(0),
-        }
-        chosen = torch.stack([by_rule[self.over_calls(key)][i] for i, key in enumerate(keys)])
-        return chosen.masked_fill(gone.all(0), torch.nan)
-
-
-def has_fields(output: Any, fields: Iterable[str]) -> bool:
-    """Whether an output has these attributes or, being a dict, these keys."""
-    if isinstance(output, dict):
-        return all(field in output for field in fields)
-    return all(hasattr(output, field) for field in fields)
-
-
-def get_field(output: Any, field: str) -> Any:
-    """A field of an output, None where it has none of that name."""
-    return output.get(field) if isinstance(output, dict) else getattr(output, field, None)
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

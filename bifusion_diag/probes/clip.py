@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from bifusion_diag.probes.base import FieldProbe, Key, Schedule, always, has_fields, matches
-from bifusion_diag.probes.grads import tensors_of
+from bifusion_diag.probes.base import Call, Schedule, matches
+from bifusion_diag.probes.fields import FieldProbe, Key
+from bifusion_diag.probes.outputs import tensors_of
 
 QUANTILE_ELEMENTS = 1 << 20  # at most so many elements enter the quantile
 
@@ -34,7 +35,7 @@ class ClipProbe(FieldProbe):
 
     Args:
         head: name patterns of the projection head.
-        modules: name patterns of the modules that the fields may be read from.
+        modules, fields, name, every: as for every FieldProbe.
     """
 
     prefix = "clip"
@@ -42,31 +43,34 @@ class ClipProbe(FieldProbe):
         "ratio_2d_3d": Key("mean", "mean norm of f2d ÷ mean norm of f3d, over valid points")
     }
 
+    FIELDS = ("tokens", "f2d", "f3d", "valid")
+
     def __init__(
         self,
         *,
         head: Sequence[str] = ("spatial_head", "*.spatial_head"),
         modules: Sequence[str] = ("*",),
+        fields: Mapping[str, str | int] | None = None,
         name: str | None = None,
-        every: Schedule = always,
+        every: int | Schedule | None = None,
     ) -> None:
-        super().__init__(modules=modules, name=name, every=every)
+        super().__init__(modules=modules, fields=fields, name=name, every=every)
         self.head = tuple(head)
 
     def watches(self, name: str, module: nn.Module) -> bool:
-        return matches(name, self.head)
+        return matches(name, self.head) or super().watches(name, module)
 
     def reads(self, output: Any) -> bool:
-        return has_fields(output, ("tokens",)) or has_fields(output, ("f2d", "f3d", "valid"))
+        return self.has(output, ("tokens",)) or self.has(output, ("f2d", "f3d", "valid"))
 
-    def seen(self, name: str, output: Any) -> None:
-        if matches(name, self.head):
-            for tensor in tensors_of(output):
+    def seen(self, call: Call) -> None:
+        if matches(call.name, self.head):
+            for tensor in tensors_of(call.output):
                 self._ranges("head", tensor.detach())
                 break
-        if fields := self.fields_of(name, output, ("tokens",)):
+        if fields := self.fields_of(call, ("tokens",)):
             self._ranges("tokens", fields[0].detach())
-        if fields := self.fields_of(name, output, ("f2d", "f3d", "valid")):
+        if fields := self.fields_of(call, ("f2d", "f3d", "valid")):
             f2d, f3d, valid = (field.detach() for field in fields)
             norm2d = self._ranges("points", f2d, valid)
             self.record(("ratio_2d_3d",), [norm2d / _norm_mean(f3d.float(), valid)])

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bifusion_diag.probes.base import FieldProbe, Key, Reading, has_fields
+from bifusion_diag.probes.base import Call, Reading
+from bifusion_diag.probes.fields import FieldProbe, Key
 
 BINS = 32
 EDGES = tuple(i / BINS for i in range(BINS + 1))
@@ -28,17 +29,18 @@ class GateProbe(FieldProbe):
         "share_gt_0.95": Key("mean", "share of the finite α above 0.95"),
         "nonfinite": Key("sum", "number of NaN and infinite α"),
     }
+    FIELDS = ("alpha",)
     HISTOGRAM = "alpha"
 
     def reads(self, output: Any) -> bool:
-        return has_fields(output, ("alpha",))
+        return self.has(output, self.FIELDS)
 
     def begin(self) -> None:
         super().begin()
         self._counts: Tensor | None = None
 
-    def seen(self, name: str, output: Any) -> None:
-        fields = self.fields_of(name, output, ("alpha",))
+    def seen(self, call: Call) -> None:
+        fields = self.fields_of(call, self.FIELDS)
         if fields is None:
             return
         alpha = fields[0].detach().double().flatten()

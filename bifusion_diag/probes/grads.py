@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bifusion_diag.probes.base import ROOT, Probe, Reading, Schedule, always, matches
+from bifusion_diag.probes.base import ROOT, Probe, Reading, Schedule, Subject, matches
+from bifusion_diag.probes.modules import plain_name
 from bifusion_diag.probes.norms import l2_norm, l2_norms, to_float32
 
 FROZEN, NO_GRADIENT, ZERO, FINITE, NONFINITE = range(5)  # state codes
 
 
 class GradsProbe(Probe):
-    """L2 norms of gradients, as they are when the step block ends: before clipping.
+    """L2 norms of gradients, as they are when the step's last backward ends: before clipping.
 
     Own parameters are those that a module holds itself, not through children; a parameter that two modules share counts
     in both. Outputs are watched of modules that own parameters and of the model's parts (names of at most two
@@ -29,24 +29,26 @@ class GradsProbe(Probe):
     """
 
     prefix = "grads"
-    sees_repeats = True  # with re-entrant checkpointing, gradients arrive at the repeated outputs only
     KEYS: ClassVar[dict[str, str]] = {
         "<module>/param_norm": "gradient of its own parameters; missing if frozen or without gradient",
         "<module>/state": "of its own parameters: 0 frozen, 1 no gradient, 2 zero, 3 finite, 4 non-finite",
         "<module>/output_norm": "gradient of its output; missing if none arrived",
     }
 
-    def __init__(self, *, modules: Sequence[str] = ("*",), name: str | None = None, every: Schedule = always) -> None:
+    def __init__(
+        self, *, modules: Sequence[str] = ("*",), name: str | None = None, every: int | Schedule | None = None
+    ) -> None:
         super().__init__(name=name, every=every)
         self.modules = tuple(modules)
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, subject: Subject) -> None:
+        self._subject = subject
         self._parameters: list[nn.Parameter] = []
         self._owner: list[int] = []  # of each parameter: index among the owners
         owners: list[str] = []
         outputs: list[str] = []
-        for path, module in model.named_modules():
-            name = path or ROOT
+        for path, module in subject.model.named_modules():
+            name = plain_name(path)
             own = [p for p in module._parameters.values() if p is not None]
             if not matches(name, self.modules):
                 continue
@@ -54,37 +56,37 @@ class GradsProbe(Probe):
                 self._parameters.extend(own)
                 self._owner.extend([len(owners)] * len(own))
                 owners.append(name)
-            if own or (path and path.count(".") <= 1):
+            if name in subject.modules and (own or (name != ROOT and name.count(".") <= 1)):
                 outputs.append(name)
         self._owner_names = owners
-        self._slot = {name: i for i, name in enumerate(outputs)}
+        self._slot = {name: i for i, name in enumerate(dict.fromkeys(outputs))}
         self._param_names = tuple(f"{self.name}/{name}/param_norm" for name in owners)
         self._state_names = tuple(f"{self.name}/{name}/state" for name in owners)
-        self._output_names = tuple(f"{self.name}/{name}/output_norm" for name in outputs)
+        self._output_names = tuple(f"{self.name}/{name}/output_norm" for name in self._slot)
         self._constants: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
         self.begin()
 
-    def watches(self, name: str, module: nn.Module) -> bool:
+    def watches_gradient(self, name: str, module: nn.Module) -> bool:
         return name in self._slot
 
     def begin(self) -> None:
-        # New lists every step: a hook of an old graph that is run again writes into the old ones.
         self._norms: list[Tensor] = []
         self._slots: list[int] = []
+        self._of_step: list[Reading] | None = None
+        self._inverse_scale: Tensor | None = None
 
-    def seen(self, name: str, output: Any) -> None:
-        slot, norms, slots = self._slot[name], self._norms, self._slots
+    def gradient(self, name: str, gradient: Tensor) -> None:
+        self._norms.append(l2_norm(gradient))
+        self._slots.append(self._slot[name])
 
-        def measure(gradient: Tensor) -> None:
-            norms.append(l2_norm(gradient.detach()))
-            slots.append(slot)
-
-        for tensor in {id(tensor): tensor for tensor in tensors_of(output)}.values():
-            if tensor.requires_grad and not tensor.is_leaf:  # a leaf would keep the hook beyond the step
-                tensor.register_hook(measure)
+    def backward_ended(self) -> None:
+        self._inverse_scale = self._subject.inverse_scale()
+        self._of_step = list(self._of_parameters())
 
     def collect(self) -> Iterator[Reading]:
-        yield from self._of_parameters()
+        if self._of_step is None:  # no backward was noticed
+            self.backward_ended()
+        yield from self._of_step or ()
         yield self._of_outputs()
 
     def _of_parameters(self) -> Iterator[Reading]:
@@ -100,7 +102,7 @@ class GradsProbe(Probe):
                     state[owner] = ZERO
                     gradients.append(parameter.grad)
                     slots.append(owner)
-        norms = self._summed(l2_norms(gradients), slots, len(state))
+        norms = self._unscaled(self._summed(l2_norms(gradients), slots, len(state)))
         here = self._constant(tuple(state.tolist()), norms.device)
         finite = torch.where(norms > 0, FINITE, ZERO)
         measured = torch.where(norms.isfinite(), finite, NONFINITE)
@@ -113,8 +115,11 @@ class GradsProbe(Probe):
         missing[self._slots] = False
         norms = [norm.to(self._norms[0].device) for norm in self._norms]
         stacked = torch.stack(norms) if norms else torch.zeros(0, dtype=torch.float64)
-        summed = self._summed(stacked, self._slots, len(missing))
+        summed = self._unscaled(self._summed(stacked, self._slots, len(missing)))
         return Reading(self._output_names, to_float32(summed), missing=missing)
+
+    def _unscaled(self, norms: Tensor) -> Tensor:
+        return norms if self._inverse_scale is None else norms * self._inverse_scale.to(norms.device)
 
     def _summed(self, norms: Tensor, slots: list[int], size: int) -> Tensor:
         """Root of the sum of squares by slot: norms (n,) → (size,) float64."""
@@ -129,28 +134,3 @@ class GradsProbe(Probe):
                 self._constants.clear()
             self._constants[key] = torch.tensor(values, dtype=torch.int64, device=device)
         return self._constants[key]
-
-
-#: Where sparse tensors keep their features: our engine's, MinkowskiEngine's, spconv's.
-SPARSE_FIELDS = ("feats", "F", "features")
-
-
-def tensors_of(output: Any, depth: int = 6) -> Iterator[Tensor]:
-    """Every tensor in an output: a tensor, a sparse tensor (ours, MinkowskiEngine's, spconv's), or any nesting of
-    tuples, lists, dicts and dataclasses of them. Anything else, None included, holds none."""
-    if isinstance(output, Tensor):
-        yield output
-        return
-    if depth == 0:
-        return
-    items: Any = ()
-    if isinstance(output, (tuple, list)):
-        items = output
-    elif isinstance(output, dict):
-        items = output.values()
-    elif field := next((name for name in SPARSE_FIELDS if isinstance(getattr(output, name, None), Tensor)), None):
-        items = (getattr(output, field),)
-    elif dataclasses.is_dataclass(output):
-        items = [getattr(output, field.name) for field in dataclasses.fields(output)]
-    for item in items:
-        yield from tensors_of(item, depth - 1)

@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from bifusion_diag.probes.base import FieldProbe, Key, has_fields
+from bifusion_diag.probes.base import Call
+from bifusion_diag.probes.fields import FieldProbe, Key
 
 
 class LossesProbe(FieldProbe):
@@ -29,10 +30,10 @@ class LossesProbe(FieldProbe):
         return "mean"
 
     def reads(self, output: Any) -> bool:
-        return has_fields(output, self.FIELDS)
+        return self.has(output, self.FIELDS)
 
-    def seen(self, name: str, output: Any) -> None:
-        fields = self.fields_of(name, output, self.FIELDS)
+    def seen(self, call: Call) -> None:
+        fields = self.fields_of(call, self.FIELDS)
         if fields is None:
             return
         terms, weights, total = fields

@@ -1,175 +1,235 @@
-"""The Monitor: owns all hooks, and gathers what the probes measure."""
+"""The Monitor: a step's life, from its batch to its row in the record."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.optim import Optimizer
 
 from bifusion_diag.errors import UserError
-from bifusion_diag.probes.base import ROOT, Probe, Reading
+from bifusion_diag.probes.base import Call, Probe, Reading, Subject
 from bifusion_diag.probes.catalogue import make_probes
+from bifusion_diag.probes.hooks import Hooks
+from bifusion_diag.probes.loss_terms import TOLD, LossTerms
+from bifusion_diag.probes.modules import bare_model, measured_modules, plain_name
 from bifusion_diag.probes.rows import RowBlock, pack
-from bifusion_diag.record import ModuleInfo, RunWriter
+from bifusion_diag.record import ModuleInfo, RunHeader, RunWriter, TensorBoardSink, collect_environment
 
 
 class Monitor:
-    """Measures a model while it trains. It changes no value, no gradient and no random number.
+    """Measures a model while it trains. It changes no value, no gradient and no random number::
+
+        with Monitor(model, optimizer, probes="all", out="runs/mine") as monitor:
+            for batch in loader:
+                with monitor.step(batch):
+                    losses = model(batch)
+                    sum(losses.values()).backward()
+                    optimizer.step()
 
     The order of events, to which a test holds this class::
 
-        with Monitor(model, probes, writer) as monitor:    # attach: every module gets a hook
-            for step in range(steps):
-                with monitor.step(step):                   # begin: probes that are due forget the last step
-                    loss = model(batch)                    # seen: at the end of each module's forward
-                    loss.backward()                        #       gradients of outputs are measured as they arrive
-                                                           # collect: parameter gradients, still unclipped
-                norm = clip_grad_norm_(...)
-                monitor.log("train/grad_norm", norm)       # log: joins the row of the step
-                optimizer.step()
-                monitor.end_step()                         # close: the row is complete. Also done by the next step()
+        with Monitor(...) as monitor:                      # attach: every module gets a hook
+            for batch in loader:
+                with monitor.step(batch):                  # begin: probes that are due forget the last step
+                                                           # batch: they see the batch
+                    losses = model(batch)                  # seen: at the end of each module's forward
+                    loss.backward()                        # gradient: as it arrives at each output
+                                                           # ended: parameter gradients, still unclipped
+                    clip_grad_norm_(...)
+                    optimizer.step()                       # before: the weights as they were
+                                                           # after: and as they are
+                                                           # collect: the block's end
+                monitor.log("eval/miou", 0.5)              # log: joins the row of the step; also inside the block
+                                                           # close: the row is complete; by the next step() too
                                                            # write: a full block goes to the writer
                                                            # and by leaving; what remains is written, hooks removed
 
     An exception inside the step block leaves that step without a row; all earlier rows are written. Forwards outside a
     step block, such as evaluation, are not measured. What activation checkpointing runs again is not counted again.
+    Several forwards and backwards in a step are a step of gradient accumulation.
 
     Args:
-        model: any module.
+        model: any module; DistributedDataParallel may be around it.
+        optimizer: one or several; without, what happens to weights in an update is not measured.
         probes: names of the catalogue, "all", or probes.
-        writer: where rows go. None: nothing is kept but the latest row.
+        out: folder of the record, or a path that ends in .json: it is written there as `bifusion-diag train` does.
+        scaler: the GradScaler of mixed precision; gradients are unscaled before they are measured.
+        settings: of the run, for the record: two runs are compared by them too.
+        first_step: number of the first step block.
+        writer: where rows go instead of `out`; its owner finishes it. With neither, only the latest row is kept.
         block: rows a block. One copy from the device to the host is made for each block.
 
     Raises:
-        UserError: unknown probe, or two probes of one name.
+        UserError: unknown probe, two probes of one name, a DataParallel model, or a place that cannot be written.
     """
 
     def __init__(
-        self, model: nn.Module, probes: Sequence[str | Probe], writer: RunWriter | None = None, *, block: int = 32
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Iterable[Optimizer] | None = None,
+        probes: Sequence[str | Probe] = "all",
+        out: Path | str | None = None,
+        *,
+        scaler: torch.amp.GradScaler | None = None,
+        settings: Mapping[str, Any] | None = None,
+        first_step: int = 0,
+        writer: RunWriter | None = None,
+        block: int = 32,
     ) -> None:
-        self.model = model
+        assert out is None or writer is None, "give out or writer, not both"
+        self.model = bare_model(model)
         self.probes = make_probes(probes)
+        self.optimizers = _optimizers(optimizer)
+        self._scaler = scaler
+        self._out = None if out is None else Path(out)
+        self._settings = dict(settings or {})
+        self._own_writer = out is not None
         self._writer = writer
+        self._block = block
         self._rows = RowBlock(writer, block)
-        self._handles: list[RemovableHandle] = []
-        self._order_handles: list[RemovableHandle] = []
-        self._order: dict[str, int] = {}  # module name → rank by execution
+        self._hooks = Hooks(self.probes)
         self._trainable: dict[str, int] = {}  # module name → its own trainable parameters when the Monitor opened
-        self._readers: dict[type, tuple[Probe, ...]] = {}  # by the type of an output
-        self._due: list[Probe] = []
+        self._next = first_step
         self._measuring = False
         self._open_step: int | None = None
         self._readings: list[Reading] = []
         self._logs: dict[str, float | Tensor] = {}
 
     def __enter__(self) -> Monitor:
-        assert not self._handles, "this Monitor is already open"
-        try:
-            for probe in self.probes:
-                probe.attach(self.model)
-            for path, module in self.model.named_modules():
-                name = path or ROOT
-                self._trainable[name] = sum(p.numel() for p in module._parameters.values() if _learns(p))
-                watchers = tuple(probe for probe in self.probes if probe.watches(name, module))
-                self._handles.append(module.register_forward_hook(self._forward_hook(name, watchers)))
-                self._order_handles.append(module.register_forward_pre_hook(self._order_hook(name)))
-        except BaseException:
-            self._remove_hooks()
-            raise
+        assert not self._hooks.attached, "this Monitor is already open"
+        modules = measured_modules(self.model)
+        subject = Subject(self.model, modules, self.optimizers, self._inverse_scale, self._hooks.paused)
+        for path, module in self.model.named_modules():
+            name = plain_name(path)
+            self._trainable[name] = sum(p.numel() for p in module._parameters.values() if _learns(p))
+        for probe in self.probes:
+            probe.attach(subject)
+        self._hooks.attach(subject)
+        if self._out is not None:
+            try:
+                self._writer = self._make_writer(self._out)
+            except BaseException:
+                self._hooks.remove()
+                raise
+            self._rows = RowBlock(self._writer, self._block)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            self.end_step()
-            self._rows.flush()
-        finally:
-            self._remove_hooks()
+        self._hooks.remove()
+        self.end_step()
+        self._rows.flush()
+        if self._own_writer and self._writer is not None:
+            self._writer.__exit__(kind, error, trace)
 
-    def _remove_hooks(self) -> None:
-        for handle in self._handles + self._order_handles:
-            handle.remove()
-        self._handles, self._order_handles = [], []
+    def _make_writer(self, out: Path) -> RunWriter:
+        path = out if out.suffix == ".json" else out / "run.json"
+        header = RunHeader(
+            name=out.stem,
+            settings=self._settings,
+            environment=collect_environment() | {"threads": torch.get_num_threads()},
+            parameters=self._part_sizes(),
+            probes=[probe.name for probe in self.probes],
+        )
+        tensorboard = TensorBoardSink(path.with_name(f"{path.stem}.tensorboard"))
+        return RunWriter(path, header, tensorboard=tensorboard)
 
-    def _order_hook(self, name: str) -> Callable[[nn.Module, Any], None]:
-        def hook(module: nn.Module, inputs: Any) -> None:
-            if self._measuring:
-                self._order.setdefault(name, len(self._order))
+    def _part_sizes(self) -> dict[str, dict[str, int]]:
+        """Parameters of the model's children: all, and those that learn."""
+        sizes: dict[str, dict[str, int]] = {}
+        for name, part in self.model.named_children():
+            own = list(part.parameters())
+            learning = sum(p.numel() for p in own if p.requires_grad)
+            sizes[plain_name(name)] = {"total": sum(p.numel() for p in own), "trainable": learning}
+        return sizes
 
-        return hook
-
-    def _forward_hook(self, name: str, watchers: tuple[Probe, ...]) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if not self._measuring:
-                return
-            readers = self._readers_of(output)
-            if not watchers and not readers:
-                return
-            # A checkpointed block runs its forward again inside the backward: its outputs were read already.
-            again = torch._C._current_graph_task_id() != -1
-            for probe in watchers + tuple(probe for probe in readers if probe not in watchers):
-                if probe in self._due and (probe.sees_repeats or not again):
-                    probe.seen(name, output)
-
-        return hook
-
-    def _readers_of(self, output: Any) -> tuple[Probe, ...]:
-        """Probes that read outputs like this one. All outputs of a type are alike, but for dicts."""
-        kind = type(output)
-        if kind is Tensor:
-            return ()
-        if isinstance(output, dict):
-            return tuple(probe for probe in self.probes if probe.reads(output))
-        if kind not in self._readers:
-            self._readers[kind] = tuple(probe for probe in self.probes if probe.reads(output))
-        return self._readers[kind]
+    def _inverse_scale(self) -> Tensor | None:
+        if self._scaler is None or not self._scaler.is_enabled():
+            return None
+        scale = self._scaler._scale  # get_scale() would wait for the device
+        return None if scale is None else scale.detach().double().reciprocal()
 
     @contextmanager
-    def step(self, step: int) -> Iterator[None]:
-        """Measure the forward and backward inside. Ends before gradients are clipped and the optimiser steps."""
-        assert self._handles, "open the Monitor first: with Monitor(...) as monitor"
+    def step(self, batch: Any = None, *, step: int | None = None) -> Iterator[None]:
+        """Measure the step inside: forward, backward, and the update of the weights.
+
+        Args:
+            batch: shown to the probes that look at data.
+            step: its number. None: one more than the last.
+        """
+        assert self._hooks.attached, "open the Monitor first: with Monitor(...) as monitor"
         assert not self._measuring, "a step block inside a step block"
         self.end_step()
-        self._due = [probe for probe in self.probes if probe.every(step)]
-        for probe in self._due:
+        number = self._next if step is None else step
+        self._next = number + 1
+        due = [probe for probe in self.probes if probe.every(number)]
+        for probe in due:
             probe.begin()
+        if batch is not None:
+            with torch.no_grad():
+                for probe in due:
+                    probe.batch(batch)
         self._measuring = True
+        self._hooks.begin(due)
         try:
             yield
+            self._hooks.end()
+        except BaseException:
+            self._hooks.abandon()
+            self._logs = {}
+            raise
         finally:
             self._measuring = False
         with torch.no_grad():
-            self._readings = [reading for probe in self._due for reading in probe.collect()]
-        self._open_step = step
+            self._readings = [reading for probe in due for reading in probe.collect()]
+        self._open_step = number
         self._end_first_step()
 
     def _end_first_step(self) -> None:
-        """The modules' order is known: stop looking for it."""
-        if self._order_handles and self._order:
-            for handle in self._order_handles:
-                handle.remove()
-            self._order_handles = []
+        if self._hooks.looks_for_order and self._hooks.order:
+            self._hooks.remove_order()
             if self._writer is not None:
                 self._writer.set_modules(self.module_table())
 
+    def losses(
+        self,
+        terms: Mapping[str, Tensor],
+        weights: Mapping[str, float | Tensor] | None = None,
+        total: Tensor | None = None,
+    ) -> None:
+        """Tell the step's loss terms, where no module of the model returns them. Call it before backward().
+
+        Args:
+            terms: () raw terms by name.
+            weights: of each term. None: 1.
+            total: () what is differentiated. None: the sum of weight × term.
+
+        Raises:
+            UserError: no step block is open, a term has more than one element, or weights and terms have other names.
+        """
+        if not self._measuring:
+            raise UserError("losses(...): no step block is open. Call it inside `with monitor.step(batch)`.")
+        self._hooks.tell(Call(TOLD, self.model, (), {}, LossTerms.of(terms, weights, total)))
+
     def log(self, name: str, value: float | Tensor) -> None:
-        """Add a number of the training loop to the row of the step that has just been measured.
+        """Add a number of the training loop to the row of the step under way, or of the one that has just ended.
 
         Args:
             name: series name, such as "train/lr".
             value: a number, or a tensor of one element, which is not copied from the device here.
 
         Raises:
-            UserError: there is no such step: before the first, inside a step block, or after end_step().
+            UserError: there is no such step: before the first, or after end_step().
         """
-        if self._open_step is None:
-            raise UserError(f"log({name!r}): no step is open. Call it after a step block, before end_step().")
+        if self._open_step is None and not self._measuring:
+            raise UserError(f"log({name!r}): no step is open. Call it in a step block or after it, before end_step().")
         self._logs[name] = value
 
     def end_step(self) -> None:
@@ -195,16 +255,22 @@ class Monitor:
         component of its name.
         """
         parts = sorted(self._writer.header.parameters, key=len, reverse=True) if self._writer is not None else []
-        table: list[ModuleInfo] = []
-        modules = [(path or ROOT, module) for path, module in self.model.named_modules()]
+        order, table = self._hooks.order, list[ModuleInfo]()
+        modules = list({plain_name(path): module for path, module in self.model.named_modules()}.items())
         last = len(modules)
-        modules.sort(key=lambda item: self._order.get(item[0], last))  # stable: the others keep their order
+        modules.sort(key=lambda item: order.get(item[0], last))  # stable: the others keep their order
         for rank, (name, module) in enumerate(modules):
             own = [p for p in module._parameters.values() if p is not None]
             part = next((p for p in parts if name == p or name.startswith(p + ".")), name.split(".")[0])
             total, trainable = sum(p.numel() for p in own), self._trainable.get(name, 0)
             table.append(ModuleInfo(name, type(module).__name__, rank, part, total, trainable))
         return table
+
+
+def _optimizers(given: Optimizer | Iterable[Optimizer] | None) -> tuple[Optimizer, ...]:
+    if given is None:
+        return ()
+    return (given,) if isinstance(given, Optimizer) else tuple(given)
 
 
 def _learns(parameter: Tensor | None) -> bool:

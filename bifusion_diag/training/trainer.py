@@ -95,11 +95,11 @@ class Trainer:
         the stage freezes what must not learn      event "stage" when it changes
         the model is evaluated                     every so many steps; it leaves no trace in the training
         the batch of this step is loaded           a pure function of seed and step
-        with monitor.step(step):
-            forward, loss, backward                the probes measure
-        the gradient is clipped                    its norm before clipping is kept
-        the numbers are judged                     events "non-finite" and "spike"
-        the optimiser steps
+        with monitor.step(batch):                  the probes measure
+            forward, loss, backward
+            the gradient is clipped                its norm before clipping is kept
+            the numbers are judged                 events "non-finite" and "spike"
+            the optimiser steps
         after the last step, the model is evaluated
     """
 
@@ -165,7 +165,7 @@ class Trainer:
         self.writer = RunWriter(out, header, resume_at=resume_at, tensorboard=tensorboard)
         if checkpoint is None:
             shutil.rmtree(checkpoint_folder(out), ignore_errors=True)  # of an earlier run of this name
-        self.monitor = Monitor(self.model, instruments, self.writer)
+        self.monitor = Monitor(self.model, self.optimizer, instruments, writer=self.writer)
 
     def _initial_weights(self, checkpoint: Checkpoint | None) -> dict[str, Any] | None:
         """Load `model.init_from` and say what that was. A resumed run has its own weights, and only remembers."""
@@ -222,14 +222,14 @@ class Trainer:
         rate = learning_rate(self.settings.optim, step, self.settings.training.steps)
         clip_scale = self.settings.optim.clip_lr_scale if self.stages.stage.slow_clip else 1.0
         rates = set_learning_rate(self.optimizer, rate, clip_scale=clip_scale)
-        with self.monitor.step(step):
+        with self.monitor.step(batch, step=step):
             loss = self.model(batch).loss
             loss.total.backward()
-        clipped = clip_gradient(self.model.parameters(), self.settings.optim.clip_grad)
-        # The one wait for the device in a step.
-        total, norm = torch.stack([loss.total.detach(), clipped.norm]).tolist()
-        self._judge(step, batch, loss, total, norm, display)
-        self.optimizer.step()
+            clipped = clip_gradient(self.model.parameters(), self.settings.optim.clip_grad)
+            # The one wait for the device in a step.
+            total, norm = torch.stack([loss.total.detach(), clipped.norm]).tolist()
+            self._judge(step, batch, loss, total, norm, display)
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         logs: dict[str, float | Tensor] = {
             "train/grad_norm": clipped.norm,

@@ -223,8 +223,8 @@ def test_a_gate_is_made_by_name_and_the_gate_probe_reads_it(fusion: str, kind: t
     assert type(model.gate) is kind
     f2d, f3d = torch.randn(2, 6, settings.common_width)
     valid = torch.arange(6) < 4
-    with Monitor(model, ["gate"]) as monitor:
-        with monitor.step(0):
+    with Monitor(model, probes=["gate"]) as monitor:
+        with monitor.step():
             out: GateOutput = model.gate(f2d, f3d, valid, (6,), torch.rand(6, 3))
         monitor.end_step()
         row = monitor.latest()

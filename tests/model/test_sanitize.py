@@ -104,8 +104,8 @@ def test_pixels_and_validity(project: Callable[[str, str], Projection], pose: st
 def test_the_projection_probe_counts_what_came_in(batch_of_two: Callable[..., Batch], pose: str, mode: str) -> None:
     model = torch.nn.Module()
     model.projection = PointProjection(ProjectionSettings.model_validate({"sanitize": mode}))
-    with Monitor(model, ["projection"]) as monitor:
-        with monitor.step(0):
+    with Monitor(model, probes=["projection"]) as monitor:
+        with monitor.step():
             found = model.projection(*scene_with(batch_of_two(), POSES[pose]))
         monitor.end_step()
         row = monitor.latest()

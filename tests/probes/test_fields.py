@@ -18,8 +18,8 @@ from bifusion_diag.probes.gate import bin_counts
 def row_of(probe: str | Probe, outputs: list[tuple[str, Any]]) -> dict[str, float | None]:
     """One step in which the named modules return these outputs."""
     model = nn.ModuleDict({name: Give() for name, _ in outputs})
-    with Monitor(model, [probe]) as monitor:
-        with monitor.step(0):
+    with Monitor(model, probes=[probe]) as monitor:
+        with monitor.step():
             for name, output in outputs:
                 model[name](output)
         monitor.end_step()
@@ -48,8 +48,8 @@ def test_losses() -> None:
 
 def test_losses_of_several_calls_are_averaged() -> None:
     model = Give()
-    with Monitor(model, ["losses"]) as monitor:
-        with monitor.step(0):
+    with Monitor(model, probes=["losses"]) as monitor:
+        with monitor.step():
             model(loss(a=1.0))
             model(loss(a=4.0))
         monitor.end_step()
@@ -186,8 +186,8 @@ def test_the_first_module_with_the_fields_is_watched() -> None:
 
 def test_calls_of_a_step_are_put_together() -> None:
     model = Give()
-    with Monitor(model, ["gate", "projection", ClipProbe()]) as monitor:
-        with monitor.step(0):
+    with Monitor(model, probes=["gate", "projection", ClipProbe()]) as monitor:
+        with monitor.step():
             for value, rows in ((0.5, 4), (1.5, 8), (float("nan"), 2)):
                 model(Gate(torch.zeros(1), torch.full((rows, 1), value)))
                 model({"tokens": torch.full((rows, 2), value)})

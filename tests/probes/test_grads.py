@@ -12,12 +12,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from bifusion_diag.probes import GradsProbe, Monitor
-from bifusion_diag.probes.grads import FINITE, FROZEN, NO_GRADIENT, NONFINITE, ZERO, tensors_of
+from bifusion_diag.probes.grads import FINITE, FROZEN, NO_GRADIENT, NONFINITE, ZERO
+from bifusion_diag.probes.outputs import tensors_of
 
 
 def measured(model: nn.Module, loss: Any, probe: GradsProbe | str = "grads") -> dict[str, float | None]:
-    with Monitor(model, [probe]) as monitor:
-        with monitor.step(0):
+    with Monitor(model, probes=[probe]) as monitor:
+        with monitor.step():
             loss().backward()
         monitor.end_step()
         return monitor.latest()
@@ -106,10 +107,10 @@ def test_states_of_huge_and_bad_gradients() -> None:
 def test_columns_stay_while_parts_freeze_and_thaw() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     rows = []
-    with Monitor(model, ["grads"]) as monitor:
+    with Monitor(model, probes=["grads"]) as monitor:
         for step, frozen in enumerate([False, True, False]):
             model[0].requires_grad_(not frozen)  # its old .grad is still there: it must not be read
-            with monitor.step(step):
+            with monitor.step(step=step):
                 model(torch.randn(3, 2)).sum().backward()
             monitor.end_step()
             rows.append(monitor.latest())
@@ -159,7 +160,7 @@ def test_outputs_are_not_kept() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     alive: list[Any] = []
     model[0].register_forward_hook(lambda _m, _i, output: alive.append(weakref.ref(output)))
-    with Monitor(model, ["all"]) as monitor, monitor.step(0):
+    with Monitor(model, probes=["all"]) as monitor, monitor.step():
         model(torch.randn(2, 3)).sum().backward()
         gc.collect()
         assert alive[0]() is None

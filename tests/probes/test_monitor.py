@@ -16,7 +16,18 @@ from probe_toys import Encoded, Gate, Give, Loss, View, Zoo
 from torch import Tensor, nn
 
 from bifusion_diag.errors import UserError
-from bifusion_diag.probes import PROBES, ClipProbe, GateProbe, GradsProbe, Monitor, Probe, Reading, make_probes
+from bifusion_diag.probes import (
+    PROBES,
+    Call,
+    ClipProbe,
+    GateProbe,
+    GradsProbe,
+    Monitor,
+    Probe,
+    Reading,
+    Subject,
+    make_probes,
+)
 from bifusion_diag.record import ModuleInfo, RunHeader, RunWriter, load_run
 
 
@@ -52,11 +63,11 @@ def train(probes: list[str | Probe], steps: int, writer: RunWriter | None = None
     torch.manual_seed(3)
     model = Full()
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    with Monitor(model, probes, writer, block=3) as monitor:
+    with Monitor(model, probes=probes, writer=writer, block=3) as monitor:
         for step in range(steps):
             x = torch.randn(8, 4)
             optimiser.zero_grad()
-            with monitor.step(step):
+            with monitor.step(step=step):
                 model(x).total.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
             monitor.log("train/grad_norm", norm)
@@ -155,16 +166,33 @@ class Recorder(Probe):
         super().__init__()
         self.story = story
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, subject: Subject) -> None:
         self.story.append("attach")
 
     def watches(self, name: str, module: nn.Module) -> bool:
         return name == "(root)"
 
+    watches_gradient = watches
+
     def begin(self) -> None:
         self.story.append("begin")
 
-    def seen(self, name: str, output: Any) -> None:
+    def batch(self, batch: Any) -> None:
+        self.story.append("batch")
+
+    def gradient(self, name: str, gradient: Tensor) -> None:
+        self.story.append("gradient")
+
+    def backward_ended(self) -> None:
+        self.story.append("ended")
+
+    def before_update(self, optimizer: torch.optim.Optimizer) -> None:
+        self.story.append("before")
+
+    def after_update(self, optimizer: torch.optim.Optimizer) -> None:
+        self.story.append("after")
+
+    def seen(self, call: Call) -> None:
         self.story.append("seen")
 
     def collect(self) -> Iterator[Reading]:
@@ -174,20 +202,23 @@ class Recorder(Probe):
 
 def test_the_order_of_events_is_that_of_the_docstring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     promised = re.findall(r"# (?:.*?)\b([a-z]+):", Monitor.__doc__ or "")
-    assert promised == ["attach", "begin", "seen", "collect", "log", "close", "write"]
+    events = ["begin", "batch", "seen", "gradient", "ended", "before", "after", "collect", "log", "close", "write"]
+    assert promised == ["attach", *events]
     story: list[str] = []
-    model = nn.Linear(2, 1)
+    model, batch = nn.Linear(2, 1), torch.ones(1, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with RunWriter(tmp_path / "run.json", header()) as writer:
         plain = writer.append_block
         monkeypatch.setattr(writer, "append_block", lambda *a: (story.append("write"), plain(*a)))
-        monitor = Monitor(model, [Recorder(story)], writer, block=1)
+        monitor = Monitor(model, optimizer, [Recorder(story)], writer=writer, block=1)
         for name, event in (("log", "log"), ("end_step", "close")):
             real = getattr(monitor, name)
             monkeypatch.setattr(monitor, name, lambda *a, real=real, event=event: (story.append(event), real(*a)))
         with monitor:
             for step in range(2):
-                with monitor.step(step):
-                    model(torch.ones(1, 2)).sum().backward()
+                with monitor.step(batch, step=step):
+                    model(batch).sum().backward()
+                    optimizer.step()
                 monitor.log("train/x", 1.0)
                 monitor.end_step()
     # step() and leaving close too, which finds nothing open
@@ -198,9 +229,9 @@ def test_the_order_of_events_is_that_of_the_docstring(tmp_path: Path, monkeypatc
 def test_an_exception_leaves_earlier_rows_and_no_hooks(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     with RunWriter(tmp_path / "run.json", header()) as writer:
-        with pytest.raises(RuntimeError, match="broken"), Monitor(model, ["all"], writer) as monitor:  # noqa: PT012
+        with pytest.raises(RuntimeError, match="broken"), Monitor(model, probes=["all"], writer=writer) as monitor:  # noqa: PT012
             for step in range(3):
-                with monitor.step(step):
+                with monitor.step(step=step):
                     model(torch.ones(1, 2)).sum().backward()
                     if step == 2:
                         raise RuntimeError("broken")
@@ -220,7 +251,7 @@ def test_a_probe_that_cannot_attach_leaves_no_hooks() -> None:
 
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     with pytest.raises(RuntimeError, match="cannot"):
-        Monitor(model, [Bad()]).__enter__()
+        Monitor(model, probes=[Bad()]).__enter__()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
@@ -239,9 +270,9 @@ def test_a_schedule_leaves_gaps(tmp_path: Path) -> None:
 
 def test_forwards_outside_a_step_are_not_measured() -> None:
     model = Give()
-    with Monitor(model, ["gate"]) as monitor:
+    with Monitor(model, probes=["gate"]) as monitor:
         model(Gate(torch.zeros(1), torch.full((4, 1), 0.9)))
-        with monitor.step(0):
+        with monitor.step():
             model(Gate(torch.zeros(1), torch.full((4, 1), 0.25)))
         model(Gate(torch.zeros(1), torch.full((4, 1), 0.9)))
         monitor.end_step()
@@ -249,10 +280,10 @@ def test_forwards_outside_a_step_are_not_measured() -> None:
 
 
 def test_log_belongs_to_a_step() -> None:
-    with Monitor(nn.Linear(1, 1), []) as monitor:
+    with Monitor(nn.Linear(1, 1), probes=[]) as monitor:
         with pytest.raises(UserError, match=r"log\('train/x'\): no step is open"):
             monitor.log("train/x", 1.0)
-        with monitor.step(0):
+        with monitor.step():
             pass
         monitor.log("train/x", 1.0)
         monitor.log("train/x", torch.tensor(2.0, requires_grad=True))  # the later one holds
@@ -265,8 +296,8 @@ def test_log_belongs_to_a_step() -> None:
 def test_one_name_twice_is_an_error(tmp_path: Path) -> None:
     with RunWriter(tmp_path / "run.json", header()) as writer, pytest.raises(UserError, match="gate/mean"):  # noqa: PT012
         model = Give()
-        with Monitor(model, ["gate"], writer) as monitor:
-            with monitor.step(0):
+        with Monitor(model, probes=["gate"], writer=writer) as monitor:
+            with monitor.step():
                 model(Gate(torch.zeros(1), torch.full((4, 1), 0.25)))
             monitor.log("gate/mean", 1.0)
 
