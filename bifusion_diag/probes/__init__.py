@@ -3,18 +3,21 @@
 from bifusion_diag.probes.base import ROOT, Call, Probe, Reading, Schedule, Subject
 from bifusion_diag.probes.catalogue import PROBES, make_probes
 from bifusion_diag.probes.clip import ClipProbe
+from bifusion_diag.probes.data import DataProbe
 from bifusion_diag.probes.fields import FieldProbe, Key
 from bifusion_diag.probes.gate import GateProbe
 from bifusion_diag.probes.grads import GradsProbe
 from bifusion_diag.probes.losses import LossesProbe
 from bifusion_diag.probes.monitor import Monitor
 from bifusion_diag.probes.projection import ProjectionProbe
+from bifusion_diag.probes.throughput import ThroughputProbe
 
 __all__ = [
     "PROBES",
     "ROOT",
     "Call",
     "ClipProbe",
+    "DataProbe",
     "FieldProbe",
     "GateProbe",
     "GradsProbe",
@@ -26,5 +29,6 @@ __all__ = [
     "Reading",
     "Schedule",
     "Subject",
+    "ThroughputProbe",
     "make_probes",
 ]

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from bifusion_diag.errors import UserError, near_matches
 from bifusion_diag.probes.base import Probe
 from bifusion_diag.probes.clip import ClipProbe
+from bifusion_diag.probes.data import DataProbe
 from bifusion_diag.probes.gate import GateProbe
 from bifusion_diag.probes.grads import GradsProbe
 from bifusion_diag.probes.losses import LossesProbe
 from bifusion_diag.probes.projection import ProjectionProbe
+from bifusion_diag.probes.throughput import ThroughputProbe
 
 PROBES: dict[str, type[Probe]] = {
     "grads": GradsProbe,
@@ -18,6 +20,8 @@ PROBES: dict[str, type[Probe]] = {
     "clip": ClipProbe,
     "projection": ProjectionProbe,
     "gate": GateProbe,
+    "data": DataProbe,
+    "throughput": ThroughputProbe,
 }
 
 
