@@ -67,6 +67,8 @@ class Probe:
         seen(call)            each time that a watched module's forward ends, or an output is one that the probe reads
         backward_began()      the first gradient reaches the model's output, or that of a watched module
         gradient(name, g)     each time that a gradient reaches an output of a module with watches_gradient
+        local_gradient(p)     the gradient of a parameter with watches_local_gradient is complete in this process, and
+                              not yet reduced over processes
         backward_ended()      gradients are complete, reduced over processes, not yet clipped. With gradient
                               accumulation, after every backward of the step
         before_update()       an optimiser is about to step
@@ -115,6 +117,13 @@ class Probe:
 
     def gradient(self, name: str, gradient: Tensor) -> None:
         """A gradient arrived at an output of a module. Must not be kept nor changed."""
+
+    def watches_local_gradient(self, parameter: nn.Parameter) -> bool:
+        """Whether :meth:`local_gradient` gets this parameter."""
+        return False
+
+    def local_gradient(self, parameter: nn.Parameter) -> None:
+        """A parameter's ``grad`` holds what this process alone has accumulated. Must not be kept nor changed."""
 
     def backward_ended(self) -> None:
         """A backward pass ended."""
