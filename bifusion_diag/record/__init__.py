@@ -1,6 +1,7 @@
 """The run record: append-only while a run lasts, one bounded run.json at its end. Knows no torch."""
 
 from bifusion_diag.record.environment import collect_environment
+from bifusion_diag.record.files import HistogramRows, Rows
 from bifusion_diag.record.load import load_run
 from bifusion_diag.record.reader import RecordReader
 from bifusion_diag.record.schema import (
@@ -15,15 +16,17 @@ from bifusion_diag.record.schema import (
     SeriesStats,
 )
 from bifusion_diag.record.tensorboard import TensorBoardSink
-from bifusion_diag.record.writer import RunWriter, check_output
+from bifusion_diag.record.writer import RunWriter, check_output, rank_folders, record_folder
 
 __all__ = [
     "SCHEMA_VERSION",
     "Event",
     "Histogram",
+    "HistogramRows",
     "ModuleInfo",
     "RecordError",
     "RecordReader",
+    "Rows",
     "Run",
     "RunHeader",
     "RunWriter",
@@ -33,4 +36,6 @@ __all__ = [
     "check_output",
     "collect_environment",
     "load_run",
+    "rank_folders",
+    "record_folder",
 ]

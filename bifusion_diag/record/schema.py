@@ -19,8 +19,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from bifusion_diag.errors import UserError
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "2.0"
 STATUSES = ("running", "completed", "interrupted", "failed")
+UNITS = {"throughput/*_seconds": "s", "throughput/*_mib": "MiB"}  # of the probes' series, where the run states no other
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -76,7 +77,8 @@ class RunHeader:
 
     def unit(self, name: str) -> str:
         """The unit of a series, "" where none is stated."""
-        return next((unit for pattern, unit in self.units.items() if fnmatch.fnmatchcase(name, pattern)), "")
+        known = {**self.units, **UNITS}.items()
+        return next((unit for pattern, unit in known if fnmatch.fnmatchcase(name, pattern)), "")
 
 
 @dataclass(frozen=True)

@@ -254,6 +254,7 @@ def test_a_reduced_record_keeps_what_was_measured_at_full_resolution(tmp_path: P
     header = RunHeader("long")
     with RunWriter(tmp_path / "run.json", header) as writer:
         writer.append(np.arange(steps), series)
+        writer.flush()
         full = measure_record(RecordReader(writer.folder))
         writer.finish("completed", measures=to_plain(full))
     run = load_run(tmp_path / "run.json")
@@ -292,6 +293,7 @@ def test_a_killed_long_run_is_measured_at_full_resolution(tmp_path: Path) -> Non
     columns = {"train/grad_norm": norm, "loss/total": loss, "loss/a/raw": loss} | _many(steps)
     with RunWriter(tmp_path / "whole.json", RunHeader("killed")) as writer:
         writer.append(np.arange(steps), columns, {})
+        writer.flush()
         killed = tmp_path / "killed.record"
         shutil.copytree(writer.folder, killed)
     assert not load_run(killed).series("train/grad_norm").exact  # type: ignore[union-attr]
