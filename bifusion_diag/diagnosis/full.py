@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from bifusion_diag.diagnosis.measures import Measures, measure, measures_to_dict
 from bifusion_diag.diagnosis.names import is_exact
 from bifusion_diag.diagnosis.origins import rows_needed
-from bifusion_diag.record.load import load_run
+from bifusion_diag.record.load import load_run, resolve_run
 from bifusion_diag.record.reader import RecordReader
 from bifusion_diag.record.schema import Run, Series
 
@@ -70,12 +70,13 @@ def load_measured(path: Path | str) -> Run:
     A long run that was killed never stored its measures: they are taken from its .record folder.
 
     Args:
-        path: a run.json, or the .record folder of a run that was killed before it could write one.
+        path: as of :func:`bifusion_diag.record.load_run`.
 
     Raises:
         RecordError: as of :func:`bifusion_diag.record.load_run`.
     """
+    path = resolve_run(path)
     run = load_run(path)
-    if is_exact(run) or not Path(path).is_dir():
+    if is_exact(run) or not path.is_dir():
         return run
-    return dataclasses.replace(run, measures=measures_to_dict(measure_record(RecordReader(Path(path)))))
+    return dataclasses.replace(run, measures=measures_to_dict(measure_record(RecordReader(path))))

@@ -2,7 +2,7 @@
 
 from bifusion_diag.record.environment import collect_environment
 from bifusion_diag.record.files import HistogramRows, Rows
-from bifusion_diag.record.load import load_run
+from bifusion_diag.record.load import load_run, resolve_run
 from bifusion_diag.record.reader import RecordReader
 from bifusion_diag.record.schema import (
     SCHEMA_VERSION,
@@ -36,6 +36,7 @@ __all__ = [
     "check_output",
     "collect_environment",
     "load_run",
+    "resolve_run",
     "rank_folders",
     "record_folder",
 ]

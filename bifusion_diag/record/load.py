@@ -6,21 +6,40 @@ from pathlib import Path
 
 from bifusion_diag.record import codec
 from bifusion_diag.record.document import check_version, from_document
-from bifusion_diag.record.reader import RecordReader
+from bifusion_diag.record.reader import HEADER_FILE, RecordReader
 from bifusion_diag.record.reduce import reduce_record
 from bifusion_diag.record.schema import RecordError, Run
+
+
+def resolve_run(path: Path | str) -> Path:
+    """What is to be read of a run: its run.json or, where there is none, its .record folder.
+
+    Args:
+        path: a run.json, a .record folder, or a folder that holds a run.json or a run.record.
+
+    Returns:
+        The path itself where it is none of these: reading it says what is wrong.
+    """
+    path = Path(path)
+    if not (path / HEADER_FILE).exists():
+        if (path / "run.json").is_file():
+            return path / "run.json"
+        if (path / "run.record").is_dir():
+            return path / "run.record"
+    return path
 
 
 def load_run(path: Path | str) -> Run:
     """Read a run.
 
     Args:
-        path: a run.json, or the .record folder of a run that was killed before it could write one.
+        path: a run.json, or the .record folder of a run that was killed before it could write one, or the folder that
+            holds a run.json or a run.record.
 
     Raises:
         RecordError: the file is missing, corrupt, not a run, or of a newer schema version.
     """
-    path = Path(path)
+    path = resolve_run(path)
     if path.is_dir():
         run, _ = reduce_record(RecordReader(path))
         return run

@@ -13,7 +13,7 @@ import pytest
 
 import bifusion_diag.record
 from bifusion_diag.errors import UserError
-from bifusion_diag.record import ModuleInfo, RecordError, RecordReader, RunHeader, RunWriter, load_run
+from bifusion_diag.record import ModuleInfo, RecordError, RecordReader, RunHeader, RunWriter, load_run, resolve_run
 from bifusion_diag.record.codec import pack_steps, unpack_steps
 from bifusion_diag.record.document import to_document
 
@@ -378,8 +378,9 @@ def test_bad_files_say_what_is_wrong(tmp_path: Path) -> None:
         load_run(bad)
     with pytest.raises(RecordError, match="cannot be read"):
         load_run(tmp_path / "absent.json")
+    (tmp_path / "empty").mkdir()
     with pytest.raises(RecordError, match="not a run record"):
-        load_run(tmp_path)
+        load_run(tmp_path / "empty")
 
 
 def test_steps_pack_as_ranges() -> None:
@@ -431,3 +432,17 @@ def test_resuming_takes_the_old_document_away_until_there_is_a_new_one(tmp_path:
     again.append([1], {"x": [2.0]})
     again.finish("completed")
     assert load_run(path).steps.tolist() == [0, 1]
+
+
+def test_a_run_is_found_in_its_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    with RunWriter(folder / "run.json", header()) as writer:
+        writer.append([0, 1], {"x": [1.0, 2.0]})
+        writer.flush()
+        assert load_run(folder).status == "running"
+    assert [resolve_run(folder / name) for name in (".", "run.json")] == [folder / "run.json"] * 2
+    assert resolve_run(folder / "run.record") == folder / "run.record"
+    assert load_run(folder).status == "completed"
+    (folder / "run.json").unlink()
+    assert load_run(str(folder)).steps.tolist() == [0, 1]
+    assert resolve_run(tmp_path / "absent") == tmp_path / "absent"
