@@ -68,3 +68,7 @@ class L2Normalize(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` along ``dim``; the shape stays."""
         return F.normalize(x, dim=self.dim)
+
+
+#: For rows of features (N, C), where no instrument is to look.
+L2_ROWS = L2Normalize(dim=1)

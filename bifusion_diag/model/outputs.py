@@ -90,12 +90,21 @@ class Predictions(NamedTuple):
     query_classes: list[Tensor] | None = None  # (Q_i,) int64: class of a text query, -1 = other; None: no text queries
 
 
+class Matches(NamedTuple):
+    """Matched pairs of a scene."""
+
+    queries: Tensor  # (P,) int64
+    objects: Tensor  # (P,) int64
+
+
 class LossOutput(NamedTuple):
     """The loss, by named term."""
 
     total: Tensor  # () sum of weights[t] · terms[t]
     terms: dict[str, Tensor]  # () each, raw (unweighted), in a fixed order
     weights: dict[str, float]  # the weight of each term at this step
+    matches: list[Matches] | None = None  # one entry a scene, of the last layer; None: no instance term
+    objects: list[int] | None = None  # G_i of each scene that queries were matched with
 
 
 class SegmenterOutput(NamedTuple):

@@ -8,16 +8,22 @@ Legend: N points · M compared pairs · B scenes · C width.
 
 from __future__ import annotations
 
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from bifusion_diag.config.settings import ClipAlignSettings
+from bifusion_diag.model.heads import L2_ROWS
 from bifusion_diag.model.outputs import EncoderOutput
 
 _INSIDE_LOG = 1e-8
 
 
-def clip_align_loss(encoder: EncoderOutput, scene_index: Tensor, settings: ClipAlignSettings) -> Tensor:
+def clip_align_loss(
+    encoder: EncoderOutput,
+    scene_index: Tensor,
+    settings: ClipAlignSettings,
+    normalize2d: nn.Module = L2_ROWS,
+    normalize3d: nn.Module = L2_ROWS,
+) -> Tensor:
     """Align the 2D with the 3D side.
 
     Target ``point``: f2d with f3d at the points that have a 2D feature. Target ``global``: the scene's global 2D
@@ -28,6 +34,8 @@ def clip_align_loss(encoder: EncoderOutput, scene_index: Tensor, settings: ClipA
         encoder: output of a fused encoder.
         scene_index: (N,) int64.
         settings: target, τ, the clamp, and the share of the gradient that reaches the 2D side.
+        normalize2d: the L2 normalisation of the 2D side, a module of the criterion's that instruments can watch.
+        normalize3d: that of the other side.
 
     Returns:
         (), the mean over pairs; 0 if there is no pair.
@@ -45,7 +53,7 @@ def clip_align_loss(encoder: EncoderOutput, scene_index: Tensor, settings: ClipA
         side_2d, side_3d = (side.clamp(-settings.clamp, settings.clamp) for side in (side_2d, side_3d))
     if len(side_2d) == 0:
         return side_2d.sum() + side_3d.sum()
-    cosine = (F.normalize(side_2d, dim=1) * F.normalize(side_3d, dim=1)).sum(dim=1)
+    cosine = (normalize2d(side_2d) * normalize3d(side_3d)).sum(dim=1)
     return alignment(cosine, settings.temperature).mean()
 
 

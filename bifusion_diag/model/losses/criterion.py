@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from bifusion_diag.config.settings import DecoderSettings, LossSettings
 from bifusion_diag.data.batch import Batch
 from bifusion_diag.errors import UserError
+from bifusion_diag.model.heads import L2Normalize
 from bifusion_diag.model.losses.clip_align import clip_align_loss
 from bifusion_diag.model.losses.instance import INSTANCE_TERMS, instance_terms
 from bifusion_diag.model.losses.no_view import no_view_loss
@@ -14,7 +15,7 @@ from bifusion_diag.model.losses.schedule import group_weights
 from bifusion_diag.model.losses.semantic import semantic_loss
 from bifusion_diag.model.losses.spatial_consistency import spatial_consistency_loss
 from bifusion_diag.model.losses.targets import scene_targets
-from bifusion_diag.model.outputs import LossOutput, Predictions
+from bifusion_diag.model.outputs import LossOutput, Matches, Predictions
 
 
 class Criterion(nn.Module):
@@ -37,6 +38,7 @@ class Criterion(nn.Module):
         self.settings = settings
         self.decoder = decoder
         self.fused = fused
+        self.normalize2d, self.normalize3d = L2Normalize(dim=1), L2Normalize(dim=1)
         self._step, self._total_steps = 0, 1
         self.term_names = _active_terms(settings, decoder, fused)
         if not self.term_names:
@@ -56,32 +58,42 @@ class Criterion(nn.Module):
         Returns:
             The total, the raw terms and their weights at this step.
         """
-        available = self._terms(predictions, batch)
+        available, matches, objects = self._terms(predictions, batch)
         terms = {name: available[name] for name in self.term_names}
         weights = self._weights()
         nothing = terms[self.term_names[0]].reshape(1)[:0].sum()  # keeps the graph when every weight is 0 now
         total = sum((weights[name] * term for name, term in terms.items() if weights[name]), start=nothing)
-        return LossOutput(total=total, terms=terms, weights=weights)
+        return LossOutput(total=total, terms=terms, weights=weights, matches=matches, objects=objects)
 
-    def _terms(self, predictions: Predictions, batch: Batch) -> dict[str, Tensor]:
-        """The raw terms that are active, and the parts of the instance loss that are not."""
+    def _terms(
+        self, predictions: Predictions, batch: Batch
+    ) -> tuple[dict[str, Tensor], list[Matches] | None, list[int] | None]:
+        """The raw terms that are active and the parts of the instance loss that are not; the last layer's matches and
+        the objects of each scene, None where nothing is matched."""
         settings, encoder = self.settings, predictions.encoder
         targets = scene_targets(batch, self.decoder)
         queries, texts = predictions.query_superpoints, predictions.query_classes
         terms: dict[str, Tensor] = {}
+        matches, objects = None, None
         if "semantic" in self.term_names:
             assert predictions.semantic is not None
             labels = [scene.semantic for scene in targets]
             terms["semantic"] = semantic_loss(predictions.semantic, queries, labels, texts)
         if any(name.startswith("instance_") for name in self.term_names):
-            terms |= instance_terms(predictions.layers, queries, targets, settings.instance, texts)
+            instance = instance_terms(predictions.layers, queries, targets, settings.instance, texts)
+            terms |= instance.terms
+            matches, objects = instance.matches, [len(scene.labels) for scene in targets]
         if "clip_align" in self.term_names:
-            terms["clip_align"] = clip_align_loss(encoder, batch.scene_index, settings.clip_align)
+            terms["clip_align"] = clip_align_loss(
+                encoder, batch.scene_index, settings.clip_align, self.normalize2d, self.normalize3d
+            )
         if "spatial_consistency" in self.term_names:
-            terms["spatial_consistency"] = spatial_consistency_loss(encoder.f3d, batch, settings.spatial_consistency)
+            terms["spatial_consistency"] = spatial_consistency_loss(
+                encoder.f3d, batch, settings.spatial_consistency, self.normalize3d
+            )
         if "no_view" in self.term_names:
-            terms["no_view"] = no_view_loss(encoder, batch, settings.no_view)
-        return terms
+            terms["no_view"] = no_view_loss(encoder, batch, settings.no_view, self.normalize3d)
+        return terms, matches, objects
 
     def _weights(self) -> dict[str, float]:
         """Weight of each active term at this step."""

@@ -21,9 +21,9 @@ from bifusion_diag.config.settings import InstanceLossSettings
 from bifusion_diag.model.losses.boxes import box_iou_loss, object_boxes, query_centres
 from bifusion_diag.model.losses.classification import focal_loss, no_object_cross_entropy
 from bifusion_diag.model.losses.masks import mask_bce, mask_dice, mask_iou
-from bifusion_diag.model.losses.matcher import Matches, allowed_pairs, match
+from bifusion_diag.model.losses.matcher import allowed_pairs, match
 from bifusion_diag.model.losses.targets import SceneTargets
-from bifusion_diag.model.outputs import LayerPrediction
+from bifusion_diag.model.outputs import LayerPrediction, Matches
 
 #: Names of the terms of each style in the order of ``InstanceLossSettings.parts``.
 INSTANCE_TERMS: dict[str, tuple[str, ...]] = {
@@ -33,6 +33,13 @@ INSTANCE_TERMS: dict[str, tuple[str, ...]] = {
 }
 
 _GOOD_MASK = 0.5  # ESAM's score learns the IoU of masks above this IoU only
+
+
+class InstanceTerms(NamedTuple):
+    """The instance loss, and the matching that it rests on."""
+
+    terms: dict[str, Tensor]  # by name, in the order of INSTANCE_TERMS
+    matches: list[Matches]  # one entry a scene, of the last layer
 
 
 class _Scene(NamedTuple):
@@ -54,7 +61,7 @@ def instance_terms(
     targets: Sequence[SceneTargets],
     settings: InstanceLossSettings,
     query_classes: Sequence[Tensor] | None = None,
-) -> dict[str, Tensor]:
+) -> InstanceTerms:
     """All instance terms, unweighted, each the sum over the layers; every layer is matched on its own.
 
     Args:
@@ -65,8 +72,8 @@ def instance_terms(
         query_classes: per scene (Q_i,) int64 class of a text query, -1 = not a text query; None = there are none.
 
     Returns:
-        Terms by name, in the order of :data:`INSTANCE_TERMS`. ``instance_score`` and ``instance_box`` are there only if
-        the decoder predicts them.
+        The terms, of which ``instance_score`` and ``instance_box`` are there only if the decoder predicts them, and the
+        last layer's matches.
     """
     classes = [None] * len(targets) if query_classes is None else query_classes
     allowed = [
@@ -74,6 +81,7 @@ def instance_terms(
         for queries, texts, scene in zip(query_superpoints, classes, targets, strict=True)
     ]
     total: dict[str, Tensor] = {}
+    scenes: list[_Scene] = []
     for layer in layers:
         scenes = [_scene(layer, i, targets[i], allowed[i], settings) for i in range(len(targets))]
         if settings.style == "unified":
@@ -85,7 +93,7 @@ def instance_terms(
             if layer.boxes is not None:
                 terms["instance_box"] = _box_term(layer.boxes, scenes, query_superpoints, targets)
         total = {name: total[name] + term if total else term for name, term in terms.items()}
-    return total
+    return InstanceTerms(total, [scene.matches for scene in scenes])
 
 
 def _scene(

@@ -5,8 +5,6 @@ Legend: Q queries · G objects · M elements of a mask · K instance classes.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -14,13 +12,7 @@ from torch import Tensor
 from bifusion_diag.config.settings import InstanceLossSettings
 from bifusion_diag.model.losses.masks import pairwise_bce, pairwise_dice
 from bifusion_diag.model.losses.targets import SceneTargets
-
-
-class Matches(NamedTuple):
-    """Matched pairs of a scene."""
-
-    queries: Tensor  # (P,) int64
-    objects: Tensor  # (P,) int64
+from bifusion_diag.model.outputs import Matches
 
 
 @torch.no_grad()

@@ -9,24 +9,28 @@ towards unseen ones. While the gate is frozen at α = 0.5 there is no confident 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bifusion_diag.config.settings import NoViewSettings
 from bifusion_diag.data.batch import Batch
+from bifusion_diag.model.heads import L2_ROWS
 from bifusion_diag.model.neighbours import draw, neighbourhoods
 from bifusion_diag.model.outputs import EncoderOutput
 
 _NEIGHBOURS = 8  # as many as the spatial consistency of document 003 looks at
 
 
-def no_view_loss(encoder: EncoderOutput, batch: Batch, settings: NoViewSettings) -> Tensor:
+def no_view_loss(
+    encoder: EncoderOutput, batch: Batch, settings: NoViewSettings, normalize3d: nn.Module = L2_ROWS
+) -> Tensor:
     """Pull the 3D features of unseen points to the 2D features of confident neighbours.
 
     Args:
         encoder: output of a fused encoder.
         batch: neighbours are found in its un-augmented coordinates.
         settings: threshold of α, radius [m], and how many unseen points are drawn a step.
+        normalize3d: the L2 normalisation of the 3D features, a module of the criterion's that instruments can watch.
 
     Returns:
         (), in [0, 2]; 0 if no unseen point has a confident neighbour within the radius.
@@ -45,7 +49,7 @@ def no_view_loss(encoder: EncoderOutput, batch: Batch, settings: NoViewSettings)
             torch.from_numpy(part[near]).to(encoder.f3d.device) for part in (found.points, found.neighbours)
         )
         label = _mean_direction(encoder.f2d.detach(), rows)
-        losses.append(1 - (F.normalize(encoder.f3d.index_select(0, points), dim=1) * label).sum(dim=1))
+        losses.append(1 - (normalize3d(encoder.f3d.index_select(0, points)) * label).sum(dim=1))
     if not losses or not sum(len(loss) for loss in losses):
         return encoder.f3d[:0].sum()
     return torch.cat(losses).mean()

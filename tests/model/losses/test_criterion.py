@@ -14,6 +14,7 @@ from bifusion_diag.config.settings import DecoderSettings, LossSettings
 from bifusion_diag.data.batch import Batch
 from bifusion_diag.errors import UserError
 from bifusion_diag.model.losses import Criterion
+from bifusion_diag.model.losses.matcher import allowed_pairs, match
 from bifusion_diag.model.losses.targets import scene_targets
 from bifusion_diag.model.outputs import LossOutput, Predictions
 
@@ -158,6 +159,26 @@ def test_the_batch_is_left_alone_and_a_rerun_gives_the_same_bits(
         runs.append([loss.total, *loss.terms.values(), *(g for g in grads if g is not None)])
     assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
     assert all(torch.equal(getattr(batch, name), value) for name, value in before.items())
+
+
+def test_the_matches_of_the_last_layer_are_told(
+    batch_of: Callable[..., Batch], predict: Callable[..., Predictions]
+) -> None:
+    batch = batch_of([300, 200], [12, 9], [3, 0])
+    predictions = predict(batch)
+    settings = LossSettings().instance
+    loss = _criterion()(predictions, batch)
+    last, target = predictions.layers[-1], scene_targets(batch, DECODER)[0]
+    allowed = allowed_pairs(predictions.query_superpoints[0], None, target, settings.matcher)
+    expected = match(last.classes[0], last.masks[0], target.labels, target.masks(last.level), allowed, settings)
+    assert loss.objects == [3, 0]
+    assert loss.matches is not None
+    assert len(expected.queries) > 0
+    assert torch.equal(loss.matches[0].queries, expected.queries)
+    assert torch.equal(loss.matches[0].objects, expected.objects)
+    assert len(loss.matches[1].queries) == 0
+    unmatched = _criterion(instance={"weight": 0})(predictions, batch)
+    assert (unmatched.matches, unmatched.objects) == (None, None)
 
 
 def test_bad_settings_are_explained() -> None:

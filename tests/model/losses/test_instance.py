@@ -24,7 +24,8 @@ DECODER = DecoderSettings(semantic_classes=7)
 
 
 def _terms(predictions: Predictions, batch: Batch, settings: InstanceLossSettings) -> dict[str, Tensor]:
-    return instance_terms(predictions.layers, predictions.query_superpoints, scene_targets(batch, DECODER), settings)
+    targets = scene_targets(batch, DECODER)
+    return instance_terms(predictions.layers, predictions.query_superpoints, targets, settings).terms
 
 
 def _pairs(layer: LayerPrediction, scene: int, target: SceneTargets, queries: Tensor) -> list[tuple[int, int]]:
@@ -274,7 +275,7 @@ def test_object_classes_against_a_slow_twin(
                     for n, w in zip(rows, weights, strict=True)
                 ]
                 expected_class += sum(focal) / len(focal) / len(nll)
-    terms = instance_terms(predictions.layers, predictions.query_superpoints, targets, settings)
+    terms = instance_terms(predictions.layers, predictions.query_superpoints, targets, settings).terms
     assert terms["instance_class"].item() == pytest.approx(expected_class, rel=1e-4)
     if style == "mask3d":
         assert list(terms) == list(INSTANCE_TERMS["mask3d"])
@@ -291,11 +292,11 @@ def test_objectness_does_not_ask_for_the_class(
     settings = InstanceLossSettings(match_class=0.0)  # the same pairs for agnostic and other classes
     agnostic = instance_terms(
         predictions.layers, predictions.query_superpoints, scene_targets(batch, DECODER), settings
-    )
+    ).terms
     (target,) = scene_targets(batch, DECODER)
     shifted = [target._replace(labels=torch.tensor([4, 1, 3]))]
     classes = _with_classes(predictions, 5)
-    others = instance_terms(classes.layers, predictions.query_superpoints, shifted, settings)
+    others = instance_terms(classes.layers, predictions.query_superpoints, shifted, settings).terms
     assert torch.equal(agnostic["instance_score"], others["instance_score"])
 
 
@@ -310,7 +311,7 @@ def test_a_query_with_several_objects_has_the_class_of_the_first(
     layer = predictions.layers[0]._replace(classes=[logits], masks=[masks], scores=None)
     settings = InstanceLossSettings(style="mask3d", parts=(1.0, 1.0, 1.0))
     targets = [target._replace(labels=torch.tensor([4, 1, 3]))]
-    terms = instance_terms([layer], [torch.tensor([-1])], targets, settings)  # the only query takes all three
+    terms = instance_terms([layer], [torch.tensor([-1])], targets, settings).terms  # the only query takes all three
     assert terms["instance_class"].item() == pytest.approx(-logits[0].log_softmax(0)[4].item())
 
 
@@ -324,6 +325,7 @@ def test_masks_that_are_not_finite_are_seen_by_the_hungarian_matcher_too(
     layer = predictions.layers[0]._replace(masks=[torch.full_like(predictions.layers[0].masks[0], math.nan)])
     parts = {"esam": (1.0,) * 5, "unified": (1.0,) * 3, "mask3d": (1.0,) * 3}[style]
     settings = InstanceLossSettings.model_validate({"style": style, "matcher": "hungarian", "parts": parts})
-    terms = instance_terms([layer], predictions.query_superpoints, scene_targets(batch, DECODER), settings)
+    targets = scene_targets(batch, DECODER)
+    terms = instance_terms([layer], predictions.query_superpoints, targets, settings).terms
     assert torch.isfinite(terms["instance_class"])
     assert all(terms[name].isnan() for name in ("instance_bce", "instance_dice", "instance_mask") if name in terms)
