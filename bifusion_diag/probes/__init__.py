@@ -9,6 +9,7 @@ from bifusion_diag.probes.gate import GateProbe
 from bifusion_diag.probes.grads import GradsProbe
 from bifusion_diag.probes.losses import LossesProbe
 from bifusion_diag.probes.monitor import Monitor
+from bifusion_diag.probes.normalize import NormalizeProbe
 from bifusion_diag.probes.projection import ProjectionProbe
 from bifusion_diag.probes.throughput import ThroughputProbe
 
@@ -24,6 +25,7 @@ __all__ = [
     "Key",
     "LossesProbe",
     "Monitor",
+    "NormalizeProbe",
     "Probe",
     "ProjectionProbe",
     "Reading",

@@ -11,6 +11,7 @@ from bifusion_diag.probes.data import DataProbe
 from bifusion_diag.probes.gate import GateProbe
 from bifusion_diag.probes.grads import GradsProbe
 from bifusion_diag.probes.losses import LossesProbe
+from bifusion_diag.probes.normalize import NormalizeProbe
 from bifusion_diag.probes.projection import ProjectionProbe
 from bifusion_diag.probes.throughput import ThroughputProbe
 
@@ -20,6 +21,7 @@ PROBES: dict[str, type[Probe]] = {
     "clip": ClipProbe,
     "projection": ProjectionProbe,
     "gate": GateProbe,
+    "normalize": NormalizeProbe,
     "data": DataProbe,
     "throughput": ThroughputProbe,
 }
