@@ -65,7 +65,8 @@ class NormalizeProbe(ModuleProbe):
         self.dim = dim
 
     def watches(self, name: str, module: nn.Module) -> bool:
-        known = _is_l2(module) or _is_rms(module) or isinstance(module, (nn.LayerNorm, nn.GroupNorm, _NormBase))
+        plain = isinstance(module, (nn.LayerNorm, nn.GroupNorm, _NormBase))
+        known = plain or _is_rms(module) or _l2_dim(module) is not None
         return (known and matches(name, self.modules)) or matches(name, (*self.inputs, *self.outputs))
 
     def begin(self) -> None:
@@ -97,9 +98,9 @@ class NormalizeProbe(ModuleProbe):
         # Hooks on saved tensors, as non-re-entrant checkpointing has them, would compute everything again when asked.
         readable = torch._C._autograd._top_saved_tensors_default_hooks(True) is None
         node = call.output.grad_fn if readable else None
-        if _is_l2(module):
+        if (dim := _l2_dim(module)) is not None:
             norms = _saved_norms(node)
-            self._smallest(call, _norms(x, module.dim) if norms is None else norms  # type: ignore[arg-type])
+            self._smallest(call, _norms(x, dim) if norms is None else norms)
         elif (reciprocal := _saved_reciprocal(node)) is not None:
             same = self._reciprocals.setdefault((_eps(module, x), reciprocal.device), [])
             same.append((call.name, reciprocal.detach().amax()))
@@ -181,8 +182,10 @@ def _first_input(call: Call) -> Tensor | None:
     return next(tensors_of((call.inputs, call.keywords)), None)
 
 
-def _is_l2(module: nn.Module) -> bool:
-    return type(module).__name__ in L2_NAMES and isinstance(getattr(module, "dim", None), int)
+def _l2_dim(module: nn.Module) -> int | None:
+    """The dimension that a module of these names normalises along; None if it is none of them."""
+    dim = getattr(module, "dim", None)
+    return dim if type(module).__name__ in L2_NAMES and isinstance(dim, int) else None
 
 
 def _is_rms(module: nn.Module) -> bool:
