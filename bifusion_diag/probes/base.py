@@ -65,7 +65,7 @@ class Probe:
         begin()               the step begins, and the probe is due
         batch(batch)          if the step was given its batch
         seen(call)            each time that a watched module's forward ends, or an output is one that the probe reads
-        backward_began()      the first gradient reaches the model's output, or that of a watched module
+        backward_began()      the first gradient reaches an output of the model, of a part of it, or a watched module's
         gradient(name, g)     each time that a gradient reaches an output of a module with watches_gradient
         local_gradient(p)     the gradient of a parameter with watches_local_gradient is complete in this process, and
                               not yet reduced over processes
@@ -74,6 +74,8 @@ class Probe:
         before_update()       an optimiser is about to step
         after_update()        it has stepped
         collect()             the step block ends
+
+    No event is called under autocast, inference mode or a gradient. A probe that raises in one is switched off.
 
     Args:
         name: prefix of its series, where two probes of one kind watch different modules.

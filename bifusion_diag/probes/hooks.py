@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -38,6 +38,7 @@ class Hooks:
         self.due: tuple[Probe, ...] = ()  # the same object while the same probes are due
         self._undo: list[Callable[[], None]] = []
         self._undo_order: list[Callable[[], None]] = []
+        self._frozen: list[tuple[nn.Parameter, tuple[Probe, ...]]] = []  # can have no hook yet
         self._on_tensors: list[RemovableHandle] = []  # of this step
         self._readers: dict[type, tuple[Probe, ...]] = {}  # by the type of an output
         self._measuring = False
@@ -46,6 +47,7 @@ class Hooks:
         self._backwards: set[int] = set()  # graph tasks under way; re-entrant checkpoints nest them
         self._unfinished = False  # a backward has begun whose end is not yet told
         self._noticed = False  # a backward of this step
+        self._updating: list[int] = []  # ids of optimisers inside step(); a subclass that calls super().step() nests it
 
     def attach(self, subject: Subject) -> None:
         """Put hooks on modules and optimisers; all or none."""
@@ -56,8 +58,12 @@ class Hooks:
                 watchers = tuple(p for p in self.audience.probes if p.watches(name, module))
                 on_gradient = tuple(p for p in self.audience.probes if p.watches_gradient(name, module))
                 needed = watchers or on_gradient or name in parts or (some_read and not _returns_a_tensor(module))
-                after = _AfterForward(self, name, module, watchers, on_gradient, name in parts) if needed else None
-                self._put(module, _BeforeForward(self, name, module), after)
+                after = _AfterForward(self, name, watchers, on_gradient, name in parts) if needed else None
+                self._put(module, _BeforeForward(self, name), after)
+            for parameter in subject.model.parameters():
+                listeners = tuple(p for p in self.audience.probes if p.watches_local_gradient(parameter))
+                if listeners:
+                    self._frozen.append((parameter, listeners))
             for optimizer in subject.optimizers:
                 self._undo.append(optimizer.register_step_pre_hook(self._before_update).remove)
                 self._undo.append(optimizer.register_step_post_hook(self._after_update).remove)
@@ -83,9 +89,9 @@ class Hooks:
 
         def undo() -> None:
             if module._compiled_call_impl is watched:
-                module._compiled_call_impl = compiled  # type: ignore[assignment]
+                module._compiled_call_impl = compiled
 
-        module._compiled_call_impl = watched  # type: ignore[assignment]
+        module._compiled_call_impl = watched
         self._undo.append(undo)
         self._undo_order.append(lambda: None)
 
@@ -94,7 +100,7 @@ class Hooks:
         self._drop_tensor_hooks()
         for undo in self._undo + self._undo_order:
             undo()
-        self._undo, self._undo_order = [], []
+        self._undo, self._undo_order, self._frozen = [], [], []
 
     def remove_order(self) -> None:
         """The modules' order is known: stop looking for it."""
@@ -116,9 +122,12 @@ class Hooks:
         """A step begins in which these probes are due."""
         if due != self.due:
             self.due = due
+        if self._frozen:
+            self._watch_parameters()
         self._step += 1
         self._on_tensors.clear()
         self._backwards.clear()
+        self._updating.clear()
         self._unfinished = self._noticed = False
         self._measuring = True
         self._set_active()
@@ -167,6 +176,21 @@ class Hooks:
             if tensor.requires_grad and not tensor.is_leaf:  # a leaf would keep the hook beyond the step
                 self._on_tensors.append(tensor.register_hook(measure))
 
+    def _watch_parameters(self) -> None:
+        """Hear of local gradients. Such a hook runs before those by which processes reduce gradients."""
+        frozen, self._frozen = self._frozen, []
+        for parameter, listeners in frozen:
+
+            def accumulated(parameter: Tensor, listeners: tuple[Probe, ...] = listeners) -> None:
+                if self.active:
+                    self.backward_runs()
+                    self.audience.tell([p for p in listeners if p in self.due], "local_gradient", parameter)
+
+            if parameter.requires_grad:
+                self._undo.append(parameter.register_post_accumulate_grad_hook(accumulated).remove)
+            else:
+                self._frozen.append((parameter, listeners))
+
     def readers_of(self, output: Any) -> tuple[Probe, ...]:
         """Probes that read outputs like this one. All outputs of a type are alike, but for containers."""
         kind = type(output)
@@ -213,24 +237,27 @@ class Hooks:
 
     def _before_update(self, optimizer: Optimizer, *_: Any) -> None:
         if self.active:
-            self._unfinished = self._unfinished or not self._noticed
-            self._noticed = True
-            self._finish_backward()
-            self.audience.tell(self.due, "before_update", optimizer)
+            self._updating.append(id(optimizer))
+            if self._updating.count(id(optimizer)) == 1:
+                self._unfinished = self._unfinished or not self._noticed
+                self._noticed = True
+                self._finish_backward()
+                self.audience.tell(self.due, "before_update", optimizer)
 
     def _after_update(self, optimizer: Optimizer, *_: Any) -> None:
-        if self.active:
-            self.audience.tell(self.due, "after_update", optimizer)
+        if self.active and id(optimizer) in self._updating:
+            self._updating.remove(id(optimizer))
+            if id(optimizer) not in self._updating:
+                self.audience.tell(self.due, "after_update", optimizer)
 
 
 class _Hook:
     """A hook of a module. Of a copy or a pickle of the model it is a function that does nothing and needs nothing of
     ours: a model can be saved, and copied for an average of weights, while it is measured."""
 
-    def __init__(self, hooks: Hooks, name: str, module: nn.Module) -> None:
+    def __init__(self, hooks: Hooks, name: str) -> None:
         self.hooks = hooks
         self.name = name
-        self.module = module
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (nullcontext(), "__exit__")
@@ -251,12 +278,11 @@ class _AfterForward(_Hook):
         self,
         hooks: Hooks,
         name: str,
-        module: nn.Module,
         watchers: tuple[Probe, ...],
         on_gradient: tuple[Probe, ...],
         is_part: bool,
     ) -> None:
-        super().__init__(hooks, name, module)
+        super().__init__(hooks, name)
         self.watchers = watchers
         self.on_gradient = on_gradient
         self.notices = is_part or bool(on_gradient)
@@ -292,7 +318,7 @@ class _AfterForward(_Hook):
 def _parts(modules: Mapping[str, nn.Module]) -> set[str]:
     """The model, its children, and the children of a part that has no forward."""
     parts = {ROOT}
-    for name, module in modules.items():  # parents come first
+    for name in modules:  # parents come first
         above = name.rpartition(".")[0] or ROOT
         if above == ROOT or (above in parts and type(modules[above]).forward is nn.Module.forward):
             parts.add(name)

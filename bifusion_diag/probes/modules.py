@@ -33,9 +33,9 @@ def bare_model(model: nn.Module) -> nn.Module:
 def measured_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that get hooks, by name; a module reached by several names has the first of them.
 
-    What torch.compile has compiled is measured at its boundary: a hook on a module inside would break its graph in two.
-    A module compiled in place (``module.compile()``) traces its own hooks too and is left alone altogether. Names are
-    those of the uncompiled, unwrapped model, so that runs with and without are comparable.
+    What torch.compile has compiled, also in place (``module.compile()``), is measured at its boundary: a hook on a
+    module inside would be compiled with it. Names are those of the uncompiled, unwrapped model, so that runs with and
+    without are comparable.
     """
     found: dict[str, nn.Module] = {}
     seen: set[int] = set()
@@ -44,8 +44,6 @@ def measured_modules(model: nn.Module) -> dict[str, nn.Module]:
         if id(module) in seen:
             return
         seen.add(id(module))
-        if getattr(module, "_compiled_call_impl", None) is not None and not is_compiled(module):
-            return
         found.setdefault(".".join(path) or ROOT, module)
         if is_compiled(module):
             return
@@ -57,7 +55,9 @@ def measured_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether torch.compile returned this module."""
+    """Whether torch.compile returned this module, or it was compiled in place."""
+    if module._compiled_call_impl is not None:
+        return True
     compiler = sys.modules.get("torch._dynamo.eval_frame")  # not imported: nothing can have been compiled
     return compiler is not None and isinstance(module, compiler.OptimizedModule)
 

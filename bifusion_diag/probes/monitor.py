@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,14 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from bifusion_diag.errors import UserError
+from bifusion_diag.probes.audience import Audience
 from bifusion_diag.probes.base import Call, Probe, Reading, Subject
 from bifusion_diag.probes.catalogue import make_probes
 from bifusion_diag.probes.hooks import Hooks
 from bifusion_diag.probes.loss_terms import TOLD, LossTerms
 from bifusion_diag.probes.modules import bare_model, measured_modules, plain_name
+from bifusion_diag.probes.ranks import own_rank, world_size
 from bifusion_diag.probes.rows import RowBlock, pack
 from bifusion_diag.record import ModuleInfo, RunHeader, RunWriter, TensorBoardSink, collect_environment
 
@@ -52,10 +56,18 @@ class Monitor:
 
     An exception inside the step block leaves that step without a row; all earlier rows are written. Forwards outside a
     step block, such as evaluation, are not measured. What activation checkpointing runs again is not counted again.
-    Several forwards and backwards in a step are a step of gradient accumulation.
+    Several forwards and backwards in a step are a step of gradient accumulation. What torch.compile has compiled before
+    the Monitor opens is measured at its boundary; compile no module while it is open, as nothing is measured in it.
+
+    A probe that raises is switched off with a warning and an event in the record, and training goes on. What it raises
+    when the Monitor opens is raised, and so is a UserError of the first step.
+
+    Where several processes train (torchrun), each opens a Monitor with the same arguments: rank 0 writes `out`, rank 1
+    ``<stem>.rank1.record/`` beside its record, and so on. Nothing is sent between them but for parameters that are
+    sharded (FSDP2): then every rank must open one, and measure the same steps.
 
     Args:
-        model: any module; DistributedDataParallel may be around it.
+        model: any module; DistributedDataParallel may be around it, fully_shard may have been applied to it.
         optimizer: one or several; without, what happens to weights in an update is not measured.
         probes: names of the catalogue, "all", or probes.
         out: folder of the record, or a path that ends in .json: it is written there as `bifusion-diag train` does.
@@ -93,9 +105,11 @@ class Monitor:
         self._writer = writer
         self._block = block
         self._rows = RowBlock(writer, block)
-        self._hooks = Hooks(self.probes)
-        self._trainable: dict[str, int] = {}  # module name → its own trainable parameters when the Monitor opened
+        self._audience = Audience(self.probes, self._failed)
+        self._hooks = Hooks(self._audience)
+        self._trainable: dict[str, list[Tensor]] = {}  # module name → its own that learnt when the Monitor opened
         self._next = first_step
+        self._number: int | None = None  # of the step that is or was measured last
         self._measuring = False
         self._open_step: int | None = None
         self._readings: list[Reading] = []
@@ -107,7 +121,7 @@ class Monitor:
         subject = Subject(self.model, modules, self.optimizers, self._inverse_scale, self._hooks.paused)
         for path, module in self.model.named_modules():
             name = plain_name(path)
-            self._trainable[name] = sum(p.numel() for p in module._parameters.values() if _learns(p))
+            self._trainable[name] = [p for p in module._parameters.values() if p is not None and p.requires_grad]
         for probe in self.probes:
             probe.attach(subject)
         self._hooks.attach(subject)
@@ -124,10 +138,12 @@ class Monitor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._hooks.remove()
-        self.end_step()
-        self._rows.flush()
-        if self._own_writer and self._writer is not None:
-            self._writer.__exit__(kind, error, trace)
+        try:
+            self.end_step()
+            self._rows.flush()
+        finally:
+            if self._own_writer and self._writer is not None:
+                self._writer.__exit__(kind, error, trace)
 
     def _make_writer(self, out: Path) -> RunWriter:
         path = out if out.suffix == ".json" else out / "run.json"
@@ -138,17 +154,23 @@ class Monitor:
             parameters=self._part_sizes(),
             probes=[probe.name for probe in self.probes],
         )
-        tensorboard = TensorBoardSink(path.with_name(f"{path.stem}.tensorboard"))
-        return RunWriter(path, header, tensorboard=tensorboard)
+        rank = own_rank()
+        tensorboard = TensorBoardSink(path.with_name(f"{path.stem}.tensorboard")) if rank == 0 else None
+        return RunWriter(path, header, tensorboard=tensorboard, rank=rank, ranks=world_size())
 
     def _part_sizes(self) -> dict[str, dict[str, int]]:
         """Parameters of the model's children: all, and those that learn."""
         sizes: dict[str, dict[str, int]] = {}
         for name, part in self.model.named_children():
             own = list(part.parameters())
-            learning = sum(p.numel() for p in own if p.requires_grad)
-            sizes[plain_name(name)] = {"total": sum(p.numel() for p in own), "trainable": learning}
+            sizes[plain_name(name)] = {"total": _size(own), "trainable": _size(p for p in own if p.requires_grad)}
         return sizes
+
+    def _failed(self, probe: Probe, message: str) -> None:
+        """A probe has raised and is off from here on."""
+        if self._writer is not None:
+            self._writer.event(self._number, "probe", message, probe=probe.name)
+        warnings.warn(f"step {self._number}: {message}. Training goes on.", RuntimeWarning, stacklevel=2)
 
     def _inverse_scale(self) -> Tensor | None:
         if self._scaler is None or not self._scaler.is_enabled():
@@ -169,13 +191,11 @@ class Monitor:
         self.end_step()
         number = self._next if step is None else step
         self._next = number + 1
-        due = [probe for probe in self.probes if probe.every(number)]
-        for probe in due:
-            probe.begin()
+        self._number = number
+        due = self._audience.due(number)
+        self._audience.tell(due, "begin")
         if batch is not None:
-            with torch.no_grad():
-                for probe in due:
-                    probe.batch(batch)
+            self._audience.tell(due, "batch", batch)
         self._measuring = True
         self._hooks.begin(due)
         try:
@@ -187,8 +207,7 @@ class Monitor:
             raise
         finally:
             self._measuring = False
-        with torch.no_grad():
-            self._readings = [reading for probe in due for reading in probe.collect()]
+        self._readings = self._audience.collect(due)
         self._open_step = number
         self._end_first_step()
 
@@ -262,7 +281,7 @@ class Monitor:
         for rank, (name, module) in enumerate(modules):
             own = [p for p in module._parameters.values() if p is not None]
             part = next((p for p in parts if name == p or name.startswith(p + ".")), name.split(".")[0])
-            total, trainable = sum(p.numel() for p in own), self._trainable.get(name, 0)
+            total, trainable = _size(own), _size(self._trainable.get(name, []))
             table.append(ModuleInfo(name, type(module).__name__, rank, part, total, trainable))
         return table
 
@@ -273,5 +292,6 @@ def _optimizers(given: Optimizer | Iterable[Optimizer] | None) -> tuple[Optimize
     return (given,) if isinstance(given, Optimizer) else tuple(given)
 
 
-def _learns(parameter: Tensor | None) -> bool:
-    return parameter is not None and parameter.requires_grad
+def _size(parameters: Iterable[Tensor]) -> int:
+    """Elements of parameters; a lazy one has none before its first forward."""
+    return sum(p.numel() for p in parameters if not is_lazy(p))

@@ -6,15 +6,16 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 #: Where sparse tensors keep their features: our engine's, MinkowskiEngine's, spconv's.
 SPARSE_FIELDS = ("feats", "F", "features")
 
 
-def tensors_of(output: Any, depth: int = 6) -> Iterator[Tensor]:
-    """Every tensor in an output: a tensor, a sparse tensor (ours, MinkowskiEngine's, spconv's), or any nesting of
-    tuples, lists, mappings and dataclasses of them. Anything else, None included, holds none."""
+def raw_tensors(output: Any, depth: int = 6) -> Iterator[Tensor]:
+    """Every tensor in an output, as it is there: a tensor, a sparse tensor (ours, MinkowskiEngine's, spconv's), or any
+    nesting of tuples, lists, mappings and dataclasses of them. Anything else, None included, holds none."""
     if isinstance(output, Tensor):
         yield output
         return
@@ -28,13 +29,37 @@ def tensors_of(output: Any, depth: int = 6) -> Iterator[Tensor]:
     elif field := next((name for name in SPARSE_FIELDS if isinstance(getattr(output, name, None), Tensor)), None):
         items = (getattr(output, field),)
     elif dataclasses.is_dataclass(output):
-        items = [getattr(output, field.name) for field in dataclasses.fields(output)]
+        items = [getattr(output, field.name, None) for field in dataclasses.fields(output)]
     for item in items:
-        yield from tensors_of(item, depth - 1)
+        yield from raw_tensors(item, depth - 1)
+
+
+def numbers(tensor: Tensor) -> Tensor:
+    """The numbers that a tensor holds, in an ordinary one: the values of a sparse or nested tensor, the real and
+    imaginary parts (..., 2) of a complex one. Without a copy where there is none to sum up or to unpack."""
+    if tensor.is_nested:
+        tensor = tensor.values()
+    elif tensor.layout != torch.strided:
+        tensor = _dense(tensor)
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    return tensor.dequantize() if tensor.is_quantized else tensor
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    if tensor.layout == torch.sparse_coo:
+        return tensor.coalesce().values()
+    return tensor.to_dense() if tensor.is_mkldnn else tensor.values()
+
+
+def tensors_of(output: Any) -> Iterator[Tensor]:
+    """The numbers of every tensor in an output, each an ordinary strided tensor that is not complex."""
+    for tensor in raw_tensors(output):
+        yield numbers(tensor)
 
 
 def distinct_tensors(output: Any) -> list[Tensor]:
-    """The tensors in an output, each once."""
+    """The tensors in an output as they are there, each once."""
     if isinstance(output, Tensor):
         return [output]
-    return list({id(tensor): tensor for tensor in tensors_of(output)}.values())
+    return list({id(tensor): tensor for tensor in raw_tensors(output)}.values())
