@@ -2,6 +2,7 @@
 
 from bifusion_diag.record.environment import collect_environment
 from bifusion_diag.record.files import HistogramRows, Rows
+from bifusion_diag.record.follow import RecordFollower
 from bifusion_diag.record.load import load_run, resolve_run
 from bifusion_diag.record.reader import RecordReader
 from bifusion_diag.record.schema import (
@@ -25,6 +26,7 @@ __all__ = [
     "HistogramRows",
     "ModuleInfo",
     "RecordError",
+    "RecordFollower",
     "RecordReader",
     "Rows",
     "Run",
@@ -36,7 +38,7 @@ __all__ = [
     "check_output",
     "collect_environment",
     "load_run",
-    "resolve_run",
     "rank_folders",
     "record_folder",
+    "resolve_run",
 ]
