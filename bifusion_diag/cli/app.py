@@ -17,6 +17,7 @@ from bifusion_diag.cli.params import params
 from bifusion_diag.cli.presets import presets
 from bifusion_diag.cli.report import report
 from bifusion_diag.cli.train import train
+from bifusion_diag.cli.watch import watch
 from bifusion_diag.errors import UserError
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("train")(train)
+app.command("watch")(watch)
 app.command("compare")(compare)
 app.command("report")(report)
 app.command("presets")(presets)
