@@ -11,6 +11,9 @@ from rich.console import Console
 
 from bifusion_diag.errors import UserError
 
+#: The catalogue's, to which a test holds them: the catalogue itself would load PyTorch for --help.
+PROBES = ("grads", "losses", "clip", "projection", "gate", "data", "throughput")
+
 
 def train(
     out: Annotated[Path, typer.Option(help="The run record to write, for example runs/mine.json.")],
@@ -19,7 +22,7 @@ def train(
     ] = None,
     data: Annotated[str | None, typer.Option(help="'synthetic', or a folder of RGB-D frames.")] = None,
     probe: Annotated[
-        list[str] | None, typer.Option(help="grads, losses, clip, projection, gate or all. May be repeated.")
+        list[str] | None, typer.Option(help=f"{', '.join(PROBES)}, or all of them: all. May be repeated.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Scenes a step.")] = None,

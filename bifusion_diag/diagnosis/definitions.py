@@ -28,6 +28,10 @@ class Definition:
 _RUN = "Bad steps"
 _NORM = "Pre-clip gradient norm"
 _LOSS = "Loss terms"
+_UPDATE = "Update ratio ‖Δw‖ ÷ ‖w‖"
+_INSIDE = "Inside the model"
+_DATA = "Data"
+_TIME = "Time and memory"
 _CLIP = "CLIP features"
 _VIEW = "Projection"
 _GATE = "Gate α"
@@ -67,7 +71,10 @@ DEFINITIONS: tuple[Definition, ...] = (
         "clipped_share", "clipped steps", "Share of steps whose gradient was shrunk by clipping.", "lower", _NORM
     ),
     Definition("shrink_factor", "mean shrink factor", "Mean clip coefficient of the clipped steps.", "higher", _NORM),
-    Definition("update_ratio/*", "update ratio", "Median over steps of ‖Δw‖ ÷ ‖w‖ of the module.", "", "Update ratio"),
+    Definition(
+        "update_ratio/p50", "median", "Median over modules of the median over steps of ‖Δw‖ ÷ ‖w‖.", "", _UPDATE
+    ),
+    Definition("update_ratio/max", "largest", "Largest ‖Δw‖ ÷ ‖w‖ of any module at any step.", "lower", _UPDATE),
     Definition(
         "loss_share/*",
         "share of the loss",
@@ -75,8 +82,44 @@ DEFINITIONS: tuple[Definition, ...] = (
         "",
         _LOSS,
     ),
-    Definition("gradient_share", "share of the gradient", "Each term's share in shared modules.", "", _LOSS),
-    Definition("gradient_cosine", "cosine between gradients", "Of the terms, on shared modules.", "", _LOSS),
+    Definition(
+        "gradient_share/*",
+        "share of the gradient",
+        "Median over steps of the norm of the weighted term's gradient on shared modules ÷ the sum of all norms.",
+        "",
+        _LOSS,
+    ),
+    Definition(
+        "gradient_cosine/*",
+        "cosine of gradients",
+        "Median over steps, of two terms' gradients on shared modules; below 0 they pull in opposite directions.",
+        "",
+        _LOSS,
+    ),
+    Definition(
+        "gradient_conflict", "smallest cosine", "Median over steps of the smallest of these cosines.", "", _LOSS
+    ),
+    Definition(
+        "activations/nonfinite",
+        "modules with a non-finite output",
+        "Modules with a NaN or infinity in an output at any step.",
+        "lower",
+        _INSIDE,
+    ),
+    Definition(
+        "weights/nonfinite",
+        "modules with non-finite weights",
+        "Modules with a NaN or infinity in their own weights at any step.",
+        "lower",
+        _INSIDE,
+    ),
+    Definition(
+        "normalize/smallest",
+        "smallest norm divided by",
+        "Smallest norm or standard deviation, without ε, by which any normalisation divides; its gain is 1 over it.",
+        "higher",
+        _INSIDE,
+    ),
     Definition("clip/*/min", "minimum", "Smallest value of any step.", "", _CLIP),
     Definition("clip/*/max", "maximum", "Largest value of any step.", "", _CLIP),
     Definition("clip/*/absmax", "largest |x|", "Largest absolute value of any step.", "lower", _CLIP),
@@ -139,9 +182,47 @@ DEFINITIONS: tuple[Definition, ...] = (
         "lower",
         _EVAL,
     ),
+    Definition(
+        "data/nonfinite", "non-finite values", "In all fields of the batches, summed over steps.", "lower", _DATA
+    ),
+    Definition("data/out_of_range", "labels out of range", "Ids that no class has, summed over steps.", "lower", _DATA),
+    Definition(
+        "data/ignored_share", "labels ignored", "Mean share over steps; of several label fields the largest.", "", _DATA
+    ),
+    Definition(
+        "data/fewest_rows",
+        "smallest entry of a batch",
+        "Rows of the shortest tensor of any list in any batch; 0: an empty scene.",
+        "",
+        _DATA,
+    ),
+    Definition(
+        "throughput/step_seconds", "step [s]", "Median over steps, as all times here; without loading.", "lower", _TIME
+    ),
+    Definition(
+        "throughput/data_seconds",
+        "between steps [s]",
+        "From one step block to the next: loading, and what else the loop does there, such as evaluation.",
+        "lower",
+        _TIME,
+    ),
+    Definition("throughput/forward_seconds", "forward [s]", "Forward and loss.", "lower", _TIME),
+    Definition("throughput/backward_seconds", "backward [s]", "From the first gradient to the last.", "lower", _TIME),
+    Definition("throughput/update_seconds", "update [s]", "The optimisers' step().", "lower", _TIME),
+    Definition("throughput/peak_resident_mib", "memory of the process [MiB]", "Its peak.", "lower", _TIME),
+    Definition("throughput/device_peak_mib", "CUDA memory [MiB]", "Peak of what tensors take.", "lower", _TIME),
 )
 
 _BY_KEY = {definition.key: definition for definition in DEFINITIONS}
+
+
+def is_defined(key: str) -> bool:
+    """Whether a measure has a definition: an older program may have stored one that is no more."""
+    try:
+        definition_of(key)
+    except KeyError:
+        return False
+    return True
 
 
 def definition_of(key: str) -> Definition:

@@ -1,7 +1,8 @@
 """The measures at full resolution, from the folder of a run that is ending: what run.json stores before it is reduced.
 
-The columns that are read whole are those of the loop, the losses, the features, the projection and the gate. Of the
-many series by module only the rows around bad steps are kept.
+The columns that are read whole are those that no module has: of the loop, the losses, the features, the projection and
+the gate. Of the many gradients by module only the rows around bad steps are kept. What the statistics of series state
+is left out: they are in run.json anyway.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from bifusion_diag.diagnosis.instruments import instrument_measures
 from bifusion_diag.diagnosis.measures import Measures, measure, measures_to_dict
-from bifusion_diag.diagnosis.names import is_exact
+from bifusion_diag.diagnosis.names import is_exact, names_by_module
 from bifusion_diag.diagnosis.origins import rows_needed
 from bifusion_diag.record.load import load_run, resolve_run
 from bifusion_diag.record.reader import RecordReader
@@ -53,15 +55,18 @@ class _Columns(Mapping[str, Series]):
 
 def measure_record(reader: RecordReader) -> Measures:
     """Measure a run at full resolution. Store ``measures_to_dict(...)`` of it when the run ends."""
-    by_module = [name for name in reader.names if name.startswith("grads/")]
-    others = [name for name in reader.names if not name.startswith("grads/")]
     state = reader.state
+    by_module = names_by_module(state.header, reader.names)
+    gradients = [name for name in reader.names if name.startswith("grads/")]
+    others = [name for name in reader.names if name not in by_module]
     run = Run(state.header, state.status, state.error, reader.steps, _Columns(reader, others), {}, reader.events(), {})
     measures = measure(run)
     rows = rows_needed(reader.steps, measures.bad)
-    near_bad = dict(_Columns(reader, by_module, rows))
+    near_bad = dict(_Columns(reader, gradients, rows))
     traced = measure(dataclasses.replace(run, all_series={**run.all_series, **near_bad}))
-    return dataclasses.replace(measures, origins=traced.origins)
+    stated = instrument_measures(run)
+    readings = {key: reading for key, reading in measures.readings.items() if key not in stated}
+    return dataclasses.replace(measures, readings=readings, origins=traced.origins)
 
 
 def load_measured(path: Path | str) -> Run:

@@ -8,13 +8,14 @@ whole run) is used; the rest is taken from the measures that were stored at full
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bifusion_diag.diagnosis.definitions import DEFINITIONS
+from bifusion_diag.diagnosis.definitions import DEFINITIONS, is_defined
+from bifusion_diag.diagnosis.instruments import instrument_measures, total
 from bifusion_diag.diagnosis.names import AP50, CLIP_PLACES, COEFFICIENT, MIOU, NORM, TOTAL, is_exact, loss_terms
 from bifusion_diag.diagnosis.origins import Origin, origin_from_dict, origin_to_dict, trace_origins
 from bifusion_diag.diagnosis.quantity import (
@@ -81,14 +82,14 @@ def measures_from_dict(stored: Mapping[str, Any]) -> Measures:
 def measure(run: Run) -> Measures:
     """Measure a run: from its series where these are exact, else as measured when the run ended."""
     if not is_exact(run) and "readings" in run.measures:
-        return measures_from_dict(run.measures)
+        stored = measures_from_dict(run.measures)
+        known = {key: reading for key, reading in stored.readings.items() if is_defined(key)}
+        return replace(stored, readings=_in_order(known | instrument_measures(run)))
     nonfinite = nonfinite_steps(run)
     spikes, judged, spike_gap = _spike_steps(run)
     readings: dict[str, Reading] = {"steps": Quantity(len(run.steps), "steps")}
     readings |= _bad_steps(run, nonfinite, spikes, judged, spike_gap)
-    readings |= _gradient_norm(run) | _clipping(run) | _update_ratio(run) | _loss_share(run)
-    unmeasured = NotMeasured("needs the gradient of every term; no probe in this record measures it")
-    readings |= {"gradient_share": unmeasured, "gradient_cosine": unmeasured}
+    readings |= _gradient_norm(run) | _clipping(run) | _loss_share(run) | instrument_measures(run)
     readings |= _clip(run) | _projection(run) | _gate(run) | _validation(run)
     listed = _listed(nonfinite), _listed(spikes)
     return Measures(_in_order(readings), *listed, trace_origins(run, *listed))
@@ -184,13 +185,6 @@ def _clipping(run: Run) -> dict[str, Reading]:
     clipped = known[known < 1]
     shrink: Reading = Quantity(float(clipped.mean())) if clipped.size else NotMeasured("no step was clipped")
     return {"clipped_share": Quantity(clipped.size / known.size), "shrink_factor": shrink}
-
-
-def _update_ratio(run: Run) -> dict[str, Reading]:
-    names = run.names("update/")
-    if not names:
-        return {"update_ratio/*": NotMeasured("no probe in this record measures ‖Δw‖ ÷ ‖w‖")}
-    return {f"update_ratio/{name.split('/')[1]}": _median(run.series(name)) for name in names}
 
 
 def _loss_share(run: Run) -> dict[str, Reading]:
@@ -293,8 +287,8 @@ def _extreme(series: Series | None, *, largest: bool) -> Reading:
 
 
 def _total(series: Series | None) -> Reading:
-    """Sum over steps, from the exact mean and count of the finite values."""
-    mean = _mean(series)
-    if not isinstance(mean, Quantity) or mean.value is None or series is None:
-        return mean
-    return Quantity(float(round(mean.value * (series.stats.count - series.stats.nonfinite))), series.unit)
+    """Sum over steps."""
+    value = None if series is None else total(series.stats)
+    if series is None or value is None:
+        return NotMeasured("was not recorded" if series is None else "no value is finite")
+    return Quantity(value, series.unit)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bifusion_diag.record.schema import Run
+from bifusion_diag.record.schema import Run, RunHeader
 
 TOTAL = "loss/total"
 NORM = "train/grad_norm"
@@ -21,6 +21,12 @@ def loss_terms(run: Run, suffix: str = "raw") -> dict[str, str]:
     """Series names of the loss terms by term; `suffix` is "raw" or "weighted"."""
     names = [name for name in run.names("loss/") if name.endswith(f"/{suffix}")]
     return {name[len("loss/") : -len(suffix) - 1]: name for name in names}
+
+
+def names_by_module(header: RunHeader, names: Iterable[str]) -> set[str]:
+    """Which of these series are of a module, ``<probe>/<module>/<key>``: there are many of them."""
+    modules = {module.name for module in header.modules}
+    return {name for name in names if name.startswith("grads/") or name.partition("/")[2].rpartition("/")[0] in modules}
 
 
 def is_exact(run: Run, prefix: str = "") -> bool:

@@ -101,23 +101,44 @@ class SeriesStats:
 
     @classmethod
     def of(cls, steps: Ints, values: Floats, missing: NDArray[np.bool_]) -> SeriesStats:
-        """Measure a series at full resolution. Percentiles are interpolated linearly between order statistics."""
+        """Measure a series at full resolution: see :meth:`of_columns`."""
+        return cls.of_columns(steps, values[:, None], missing[:, None])[0]
+
+    @classmethod
+    def of_columns(cls, steps: Ints, values: Floats, missing: NDArray[np.bool_]) -> list[SeriesStats]:
+        """Measure C series at full resolution: steps (R,), values (R, C), missing (R, C).
+
+        Percentiles are interpolated linearly between order statistics. Results have float32 precision.
+        """
         finite = np.isfinite(values) & ~missing
         nonfinite = ~finite & ~missing
-        bad = int(nonfinite.sum())
-        good = values[finite].astype(np.float64)
-        numbers: list[float | None] = [None] * 8
-        if good.size:
-            percentiles = np.percentile(good, [1, 5, 50, 95, 99])
-            numbers = [float(x) for x in (good.min(), good.max(), good.mean(), *percentiles)]
-        return cls(
-            good.size + bad,
-            int(missing.sum()),
-            bad,
-            int((np.isnan(values) & nonfinite).sum()),
-            int(steps[nonfinite][0]) if bad else None,
-            *numbers,
-        )
+        good, bad = finite.sum(0), nonfinite.sum(0)
+        numbers = _numbers(values, finite, good).astype(np.float32).astype(np.float64)
+        nan = (np.isnan(values) & nonfinite).sum(0)
+        first = steps[np.argmax(nonfinite, axis=0)] if len(steps) else np.zeros(len(bad), np.int64)
+        counts = np.stack([good + bad, missing.sum(0), bad, nan, first], axis=1).tolist()
+        found: list[SeriesStats] = []
+        for (count, gone, wrong, nans, step), row in zip(counts, numbers.tolist(), strict=True):
+            measured = row if count > wrong else [None] * 8
+            found.append(cls(count, gone, wrong, nans, step if wrong else None, *measured))
+        return found
+
+
+def _numbers(values: Floats, finite: NDArray[np.bool_], count: Ints) -> Floats:
+    """Min, max, mean and the percentiles of the finite values of each column: (R, C) → (C, 8)."""
+    if not len(values):
+        return np.full((values.shape[1], 8), np.nan)
+    ordered = np.sort(np.where(finite, values, np.inf), axis=0)
+    column, last = np.arange(values.shape[1]), np.maximum(count - 1, 0)
+    total = np.where(finite, values, 0.0).sum(0)
+    found = [ordered[0], ordered[last, column], total / np.maximum(count, 1)]
+    for percent in (1, 5, 50, 95, 99):
+        place = last * (percent / 100)
+        below = place.astype(np.int64)
+        low, high = ordered[below, column], ordered[np.minimum(below + 1, last), column]
+        with np.errstate(invalid="ignore"):  # a column without a finite value holds only infinities here
+            found.append(low + (high - low) * (place - below))
+    return np.stack(found, axis=1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -145,7 +145,16 @@ def test_records_that_cannot_be_read_exit_2(command: Command, records: tuple[Pat
     assert (code, "cannot be written" in text) == (2, True)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["compare", "--help"], ["presets"]])
+def test_the_probes_that_help_names_are_the_catalogues(command: Command) -> None:
+    from bifusion_diag.cli.train import PROBES as NAMED
+    from bifusion_diag.probes import PROBES
+
+    assert tuple(PROBES) == NAMED
+    code, text = command("train", "--help")
+    assert (code, [name for name in PROBES if name not in text]) == (0, [])
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["compare", "--help"], ["presets"]])
 def test_what_needs_no_torch_does_not_import_it(arguments: list[str]) -> None:
     code = (
         "import sys; from bifusion_diag.cli.app import app; app(sys.argv[1:], standalone_mode=False);"

@@ -24,6 +24,7 @@ from bifusion_diag.diagnosis import (
     measure_record,
     to_plain,
 )
+from bifusion_diag.diagnosis.instruments import instrument_measures
 from bifusion_diag.diagnosis.verdict import fisher_more
 from bifusion_diag.errors import UserError
 from bifusion_diag.record import RecordReader, RunHeader, RunWriter, load_run
@@ -215,10 +216,29 @@ def test_a_healthy_run_has_no_finding_and_says_what_it_could_not_measure(make_ru
         ({"clip/head/absmax": [3, 11]}, "clip-out-of-range"),
         ({"clip/ratio_2d_3d": [20, 20], "clip/head/max": [1, 1]}, "scale-mismatch"),
         ({"loss/a/weighted": [99, 99], "loss/b/weighted": [1, 1]}, "dominant-term"),
+        ({"data/semantic/out_of_range": [0, 3]}, "labels-out-of-range"),
+        ({"data/pose/nonfinite": [0, 12], "data/xyz/nonfinite": [0, 0]}, "data-nonfinite"),
     ],
 )  # fmt: skip
 def test_rules_fire(make_run: RunMaker, series: dict[str, list[float]], rule: str) -> None:
     assert [finding.rule for finding in assess_run(make_run(series)).findings] == [rule]
+
+
+def test_findings_of_data_name_fields_and_steps(make_run: RunMaker) -> None:
+    columns = {"data/pose/nonfinite": [0, 12, 0, 4], "data/xyz/nonfinite": [0, 0, 1, 0], "data/rgb/nonfinite": [0] * 4}
+    finding = assess_run(make_run(columns, steps=[10, 11, 12, 13])).findings[0]
+    assert (finding.steps, finding.count) == ((11, 13), 3)
+    stated = {item.series: item.reading for item in finding.evidence}
+    assert stated == {
+        "data/pose/nonfinite": Quantity(16, "values"), "data/xyz/nonfinite": Quantity(1, "values"),
+    }  # fmt: skip
+
+
+def test_a_dominant_term_is_set_beside_its_gradient(make_run: RunMaker) -> None:
+    columns = {"loss/a/weighted": [99, 99], "loss/b/weighted": [1, 1], "loss_gradients/a/share": [0.5, 0.25]}
+    finding = assess_run(make_run(columns)).findings[0]
+    assert finding.evidence[1].reading == Quantity(0.375)
+    assert "which stands beside it" in finding.mechanism
 
 
 @pytest.mark.parametrize("way", ["replace", "clamp", "none", "strict"])
@@ -259,7 +279,9 @@ def test_a_reduced_record_keeps_what_was_measured_at_full_resolution(tmp_path: P
         writer.finish("completed", measures=to_plain(full))
     run = load_run(tmp_path / "run.json")
     assert not run.all_series["train/grad_norm"].exact
-    assert measure(run) == full
+    again = measure(run)
+    assert again.readings == full.readings | instrument_measures(run)
+    assert (again.nonfinite, again.spikes, again.origins) == (full.nonfinite, full.spikes, full.origins)
     assert full.nonfinite == (12_345,)
     assert full.spikes == (777,)
     assert full.origins[0].module == "m3"
