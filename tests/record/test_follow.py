@@ -247,39 +247,39 @@ def test_joining_late_reads_the_end_alone_and_following_only_what_is_new(
     writer.finish("completed")
 
 
+#: Six times eighty steps, each time when a line comes in; then it waits to be killed.
 WRITER = """
-import sys, time, numpy as np
+import sys, numpy as np
 from bifusion_diag.record import RunHeader, RunWriter
 writer = RunWriter(sys.argv[1], RunHeader(name="run"))
-for block in range(60):
-    rows = np.arange(block * 8, block * 8 + 8)
-    writer.append(rows, {"x": np.sin(rows), "y": rows * 0.5})
-    time.sleep(0.01)
-time.sleep(60)
+for line in sys.stdin:
+    for block in range(10):
+        rows = int(line) + np.arange(block * 8, block * 8 + 8)
+        writer.append(rows, {"x": np.sin(rows), "y": rows * 0.5})
 """
 
 
 def test_a_writer_in_another_process_which_is_killed(tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path / "run.json")], stdout=subprocess.PIPE)
-    seen: list[int] = []
+    command = [sys.executable, "-c", WRITER, str(tmp_path / "run.json")]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    deadline = time.monotonic() + 60
     try:
-        deadline = time.monotonic() + 30
         while not (tmp_path / "run.record" / "header.json").exists():
             assert time.monotonic() < deadline
             time.sleep(0.01)
         follower = RecordFollower(tmp_path / "run.record", 100)
-        while not seen or seen[-1] < 479:
-            assert time.monotonic() < deadline
-            follower.poll()
-            if len(follower.steps):
-                seen.append(int(follower.steps[-1]))
+        for first in range(0, 480, 80):
+            print(first, file=process.stdin, flush=True)
+            while not len(follower.steps) or follower.steps[-1] < first + 79:
+                assert time.monotonic() < deadline
+                follower.poll()
                 np.testing.assert_array_equal(np.diff(follower.steps), 1)
                 np.testing.assert_array_equal(follower.column("y")[1], np.float32(0.5) * follower.steps)
-            time.sleep(0.005)
+                time.sleep(0.001)
     finally:
         process.kill()
         process.communicate()
-    assert len(set(seen)) > 5  # it was seen to grow
     assert follower.status == "running"
     assert_same(follower)
 
