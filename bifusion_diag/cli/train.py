@@ -57,6 +57,8 @@ def train(
     """Train a preset with probes on and write a run record.
 
     Ctrl-C or SIGTERM ends the run after the step under way, with a valid record and a checkpoint to resume from.
+
+    torchrun --nproc-per-node N -m bifusion_diag train ... trains in N processes, each with a batch of its own.
     """
     shorthands: dict[str, Any] = {
         "data.source": data,
@@ -88,7 +90,9 @@ def train(
         if val_data is not None and not settings.evaluation.every:
             raise UserError("--val-data is evaluated only with --evaluate-every N: say how many steps apart")
         run = start_training(settings, out, probes=probe or [], command=sys.argv[1:], console=console)
-    typer.echo(f"{run.status}: {len(run.steps)} steps recorded in {out}")
+    if run.header.environment.get("rank", 0) == 0:
+        typer.echo(f"{run.status}: {len(run.steps)} steps recorded in {out}")
+        if run.status == "interrupted":
+            typer.echo(f"go on with: bifusion-diag train --resume --out {out}")
     if run.status == "interrupted":
-        typer.echo(f"go on with: bifusion-diag train --resume --out {out}")
         raise typer.Exit(130)

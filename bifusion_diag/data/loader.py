@@ -23,16 +23,26 @@ class BatchLoader:
 
     So a resumed run, a replayed step and a second run of another model all see the same batches. An epoch visits every
     scene once, in an order of its own; a batch may span two epochs.
+
+    Of several processes each has a part of the step's batch: N ranks with batches of b see, in order of their ranks,
+    the very samples that a single process sees with a batch of N·b.
     """
 
-    def __init__(self, source: SceneSource, settings: DataSettings, *, batch_size: int, seed: int) -> None:
-        """Raises UserError for a source that has no scenes."""
+    def __init__(
+        self, source: SceneSource, settings: DataSettings, *, batch_size: int, seed: int, rank: int = 0, ranks: int = 1
+    ) -> None:
+        """Args: ``batch_size`` scenes a step and rank; ``rank`` of this process among ``ranks``.
+
+        Raises UserError for a source that has no scenes.
+        """
         if len(source) == 0:
             raise UserError(f"the data source has no scenes: {source.describe()}")
         self.source = source
         self.settings = settings
         self.batch_size = batch_size
         self.seed = seed
+        self.rank = rank
+        self.ranks = ranks
         self.augment = Augmentation(settings.augment)
 
     @property
@@ -42,7 +52,7 @@ class BatchLoader:
 
     def scene_indices(self, step: int) -> tuple[int, ...]:
         """Which scenes make up the batch of ``step`` (counted from 0)."""
-        first = step * self.batch_size
+        first = (step * self.ranks + self.rank) * self.batch_size
         indices = []
         for position in range(first, first + self.batch_size):
             epoch, place = divmod(position, len(self.source))
@@ -52,7 +62,7 @@ class BatchLoader:
     def batch(self, step: int) -> Batch:
         """The batch of ``step`` (counted from 0), cropped and augmented."""
         scenes, coords = [], []
-        for slot, index in enumerate(self.scene_indices(step)):
+        for slot, index in enumerate(self.scene_indices(step), start=self.rank * self.batch_size):
             rng = np.random.default_rng([self.seed, _SAMPLE, step, slot])
             scene = crop_scene(self._scene(index), self.settings, rng)
             scenes.append(scene)

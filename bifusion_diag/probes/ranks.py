@@ -79,7 +79,7 @@ class Shards:
             groups = _sharing(parameter)
             if not groups:
                 continue
-            self._device = local_part(parameter).device
+            self._device = parameter.device
             known = next((places for others, places in shared if others == groups), None)
             if known is None:
                 shared.append((groups, [place]))
@@ -119,14 +119,12 @@ class Shards:
 
 def local_part(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor: all of it, but for a sharded one."""
-    # Both are false without a lookup that costs: DTensor is not imported where nobody shards.
-    local: Any = getattr(tensor, "_local_tensor", None)
-    return tensor if local is None else local
+    sharded: Any = tensor
+    return sharded.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _sharing(tensor: Tensor) -> list[dist.ProcessGroup]:
-    """The groups over which a tensor is sharded, one for each dimension of the mesh."""
-    if getattr(tensor, "_local_tensor", None) is None:
-        return []
+    """The groups over which a tensor is sharded, one for each dimension of the mesh that it is sharded over."""
     sharded: Any = tensor
-    return [sharded.device_mesh.get_group(i) for i, p in enumerate(sharded.placements) if p.is_shard()]
+    mesh = getattr(tensor, "device_mesh", None)  # only a DTensor has one
+    return [] if mesh is None else [mesh.get_group(i) for i, p in enumerate(sharded.placements) if p.is_shard()]

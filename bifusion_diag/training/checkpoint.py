@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bifusion_diag.errors import UserError
-from bifusion_diag.training.determinism import random_state, restore_random_state
+from bifusion_diag.probes.ranks import own_rank
+from bifusion_diag.training.determinism import random_states, restore_random_states
 
 FORMAT_VERSION = 1
 KEEP = 2
@@ -46,6 +47,8 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint whole or not at all, and drop all but the newest ones.
 
+    Of several processes, all must call it: rank 0 writes, with the random generators of all.
+
     Args:
         parent: the folder of the run's checkpoints.
         step: steps done.
@@ -53,14 +56,17 @@ def save_checkpoint(
         optimizer: its per-parameter state is stored under the parameters' names.
         info: JSON-serialisable facts to get back on resuming.
     """
+    target = parent / f"step-{step:06d}"
+    random = random_states()
+    if own_rank() != 0:
+        return target
     names = _names_of(model, optimizer)
     frozen = {name for name, _ in model.named_parameters()} - set(names.values())
     tensors = {f"model/{k}": v for k, v in model.state_dict().items() if k not in frozen}
     for parameter, name in names.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer/{name}/{key}"] = value
-    tensors |= {f"random/{k}": v for k, v in random_state().items()}
-    target = parent / f"step-{step:06d}"
+    tensors |= {f"random/{k}": v for k, v in random.items()}
     partial = parent / f".step-{step:06d}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -125,7 +131,7 @@ def restore_checkpoint(checkpoint: Checkpoint, model: nn.Module, optimizer: torc
         values = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         if values:
             optimizer.state[parameter] = {k: _placed(k, v, parameter) for k, v in values.items()}
-    restore_random_state({k.removeprefix("random/"): v for k, v in tensors.items() if k.startswith("random/")})
+    restore_random_states({k.removeprefix("random/"): v for k, v in tensors.items() if k.startswith("random/")})
 
 
 def _by_step(parent: Path) -> list[Path]:

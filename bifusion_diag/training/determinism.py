@@ -8,16 +8,21 @@ from typing import Any
 import torch
 
 from bifusion_diag.errors import UserError
+from bifusion_diag.probes.ranks import own_rank, world_size
+from bifusion_diag.training.distributed import gather
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; 'auto' is the first GPU, or else the CPU.
+    """The device of that name; 'auto' is the first GPU, or else the CPU. Of several processes on a machine, each has
+    a GPU of its own under the names 'auto' and 'cuda'.
 
     Raises:
         UserError: no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and world_size() > 1:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', own_rank())}"
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()  # a value can be had back, which the device 'meta' refuses
@@ -54,12 +59,27 @@ def torch_environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+def random_states() -> dict[str, torch.Tensor]:
+    """:func:`random_state` of every process: those of rank 1 are named ``rank1/cpu`` and so on. All must call it."""
+    return {
+        f"rank{rank}/{name}" if rank else name: state
+        for rank, states in enumerate(gather(random_state()))
+        for name, state in states.items()
+    }
+
+
 def random_state() -> dict[str, torch.Tensor]:
     """The state of every random generator that a step draws from."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state |= {f"cuda:{i}": generator for i, generator in enumerate(torch.cuda.get_rng_state_all())}
     return state
+
+
+def restore_random_states(states: dict[str, torch.Tensor]) -> None:
+    """Put back what :func:`random_states` returned of this process."""
+    mine = f"rank{own_rank()}/" if own_rank() else ""
+    restore_random_state({k.removeprefix(mine): state for k, state in states.items() if k.startswith(mine)})
 
 
 def restore_random_state(state: dict[str, torch.Tensor]) -> None:

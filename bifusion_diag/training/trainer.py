@@ -23,6 +23,7 @@ from bifusion_diag.model.build import build_model
 from bifusion_diag.model.checkpoints import load_weights
 from bifusion_diag.model.outputs import LossOutput
 from bifusion_diag.probes import Monitor, make_probes
+from bifusion_diag.probes.ranks import agree, own_rank, world_size
 from bifusion_diag.record import (
     RecordReader,
     Run,
@@ -41,6 +42,15 @@ from bifusion_diag.training.checkpoint import (
     save_checkpoint,
 )
 from bifusion_diag.training.determinism import choose_device, make_deterministic, torch_environment
+from bifusion_diag.training.distributed import (
+    Replica,
+    Sight,
+    explained,
+    gather,
+    process_group,
+    seed_rank,
+    where_it_began,
+)
 from bifusion_diag.training.evaluation import Evaluator, training_source, validation_source
 from bifusion_diag.training.optim import build_optimizer, clip_gradient, learning_rate, set_learning_rate
 from bifusion_diag.training.progress import ProgressDisplay
@@ -54,7 +64,7 @@ UNITS = {"train/step_seconds": "s", "train/data_seconds": "s", "eval/seconds": "
 def start_training(
     settings: Settings, out: Path, *, probes: Sequence[str] = (), command: Sequence[str] = (), console: Console
 ) -> Run:
-    """Train a new run and record it.
+    """Train a new run and record it. Under torchrun, every process of the run calls it with the same arguments.
 
     Args:
         settings: of the run.
@@ -64,12 +74,13 @@ def start_training(
         console: where progress is shown.
 
     Returns:
-        The record, status "completed" or "interrupted".
+        The record, status "completed" or "interrupted"; of a rank other than 0, its own part of it.
 
     Raises:
-        UserError: bad input, before anything is trained or written.
+        UserError: bad input, before anything is trained or written; or another process of the run has ended.
     """
-    return Trainer(settings, out, probes, command, console).run()
+    with process_group(settings.training.device):
+        return Trainer(settings, out, probes, command, console).run()
 
 
 def resume_training(out: Path, *, console: Console) -> Run:
@@ -84,7 +95,15 @@ def resume_training(out: Path, *, console: Console) -> Run:
     if checkpoint.step >= settings.training.steps:
         done = f"all {settings.training.steps} steps of {out} are done"
         raise UserError(f"nothing to resume: {done}. Start a longer run with --steps.")
-    return Trainer(settings, out, info["probes"], info["command"], console, checkpoint).run()
+    with process_group(settings.training.device):
+        if (ranks := info.get("ranks", 1)) != world_size():
+            raise UserError(
+                f"{out} was trained by {ranks} processes, this is a run of {world_size()}. Resume it with "
+                f"torchrun --nproc-per-node {ranks} -m bifusion_diag train --resume --out {out}"
+                if ranks > 1
+                else f"{out} was trained by one process, not by {world_size()}: resume it without torchrun"
+            )
+        return Trainer(settings, out, info["probes"], info["command"], console, checkpoint).run()
 
 
 class Trainer:
@@ -96,11 +115,14 @@ class Trainer:
         the model is evaluated                     every so many steps; it leaves no trace in the training
         the batch of this step is loaded           a pure function of seed and step
         with monitor.step(batch):                  the probes measure
-            forward, loss, backward
+            forward, loss, backward                of several processes, gradients are averaged
             the gradient is clipped                its norm before clipping is kept
-            the numbers are judged                 events "non-finite" and "spike"
+            the numbers are judged                 events "non-finite" and "spike"; all processes agree
             the optimiser steps
         after the last step, the model is evaluated
+
+    Of several processes (torchrun), each has a batch of its own and records what it sees of it. Rank 0 alone evaluates,
+    shows progress and writes run.json, TensorBoard events and checkpoints.
     """
 
     def __init__(
@@ -117,17 +139,21 @@ class Trainer:
         instruments = make_probes(probes)
         self.settings = settings
         self.out = check_output(out)
-        self.console = console
+        self.console = console if own_rank() == 0 else Console(quiet=True)
         self.device = choose_device(training.device)
         make_deterministic(training.seed, training.threads)
         source = training_source(settings)
         self.evaluator = Evaluator(settings, validation_source(settings)) if settings.evaluation.every else None
-        self.loader = BatchLoader(source, settings.data, batch_size=training.batch_size, seed=training.seed)
+        part: dict[str, int] = {"rank": own_rank(), "ranks": world_size()}
+        self.loader = BatchLoader(source, settings.data, batch_size=training.batch_size, seed=training.seed, **part)
         self.model = build_model(settings).to(self.device).train()
         initial = self._initial_weights(checkpoint)
+        seed_rank(training.seed)
+        self.replica = Replica(self.model)
         self.optimizer = build_optimizer(self.model, settings.optim)
         self.stages = StageSwitch(self.model, stages_of(settings), training.steps)
         self.spikes = SpikeDetector()
+        self.stop = StopRequest()
         self.first_step = 0
         if checkpoint is not None:
             restore_checkpoint(checkpoint, self.model, self.optimizer)
@@ -159,11 +185,12 @@ class Trainer:
             "probes": probes,
             "command": list(command),
             "initial_weights": initial,
+            "ranks": world_size(),
         }
-        tensorboard = TensorBoardSink(out.with_name(f"{out.stem}.tensorboard"))
+        tensorboard = TensorBoardSink(out.with_name(f"{out.stem}.tensorboard")) if own_rank() == 0 else None
         resume_at = None if checkpoint is None else checkpoint.step
-        self.writer = RunWriter(out, header, resume_at=resume_at, tensorboard=tensorboard)
-        if checkpoint is None:
+        self.writer = RunWriter(out, header, resume_at=resume_at, tensorboard=tensorboard, **part)
+        if checkpoint is None and own_rank() == 0:
             shutil.rmtree(checkpoint_folder(out), ignore_errors=True)  # of an earlier run of this name
         self.monitor = Monitor(self.model, self.optimizer, instruments, writer=self.writer)
 
@@ -182,30 +209,32 @@ class Trainer:
         """Train until the last step or a signal, and close the record either way."""
         training = self.settings.training
         done = self.first_step
-        with self.writer, stop_on_signals() as stop:
+        with self.writer, explained(), stop_on_signals(shared=world_size() > 1) as self.stop:
             title = f"{self.settings.preset} ({self.settings.scale})"
             with ProgressDisplay(self.console, title, training.steps, done) as display, self.monitor:
-                while done < training.steps and not stop.requested:
+                while done < training.steps and not self.stop.requested:
                     self._enter(done, display)
-                    measured = self._evaluated(done, stop, display) if self._evaluates_before(done) else {}
-                    if stop.requested:
+                    measured = self._evaluated(done, display) if self._evaluates_before(done) else {}
+                    if self.stop.requested:
                         break
                     self._step(done, display)
                     done += 1
                     if done == training.steps:
-                        measured = self._evaluated(done, stop, display)
+                        measured = self._evaluated(done, display)
                     for name, value in measured.items():
                         self.monitor.log(name, value)
                     self.monitor.end_step()
                     if training.checkpoint_every and done % training.checkpoint_every == 0 and done < training.steps:
                         self._save(done)
-            if stop.requested:
+            if self.stop.requested:
                 last = done - 1 if done else None
-                self.writer.event(last, "signal", f"{stop.signal_name} after {done} of {training.steps} steps")
+                where = f" on {_name_of(self.stop.ranks)}" if self.stop.ranks else ""
+                message = f"{self.stop.signal_name}{where} after {done} of {training.steps} steps"
+                self.writer.event(last, "signal", message)
             self._save(done)
             measures = measures_to_dict(measure_record(RecordReader(self.writer.folder)))
             self.writer.finish("interrupted" if done < training.steps else "completed", measures=measures)
-        return load_run(self.out)
+        return load_run(self.out if own_rank() == 0 else self.writer.folder)
 
     def _enter(self, step: int, display: ProgressDisplay) -> None:
         """Put the model into the stage and the schedules of this step."""
@@ -223,17 +252,19 @@ class Trainer:
         clip_scale = self.settings.optim.clip_lr_scale if self.stages.stage.slow_clip else 1.0
         rates = set_learning_rate(self.optimizer, rate, clip_scale=clip_scale)
         with self.monitor.step(batch, step=step):
-            loss = self.model(batch).loss
+            loss = self.replica.loss(batch)
             loss.total.backward()
             clipped = clip_gradient(self.model.parameters(), self.settings.optim.clip_grad)
             # The one wait for the device in a step.
-            total, norm = torch.stack([loss.total.detach(), clipped.norm]).tolist()
-            self._judge(step, batch, loss, total, norm, display)
+            local_norm = self.replica.local_norm(clipped.norm)
+            total, norm, local = torch.stack([loss.total.detach(), clipped.norm, local_norm]).tolist()
+            self._judge(step, batch, loss, total, norm, local, display)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         logs: dict[str, float | Tensor] = {
             "train/grad_norm": clipped.norm,
             "train/clip_coefficient": clipped.coefficient,
+            **({"train/local_grad_norm": local_norm} if world_size() > 1 else {}),
             **rates,
             "train/data_seconds": loaded - began,
             "train/step_seconds": time.perf_counter() - began,
@@ -250,11 +281,12 @@ class Trainer:
         every, last = self.settings.evaluation.every, self.settings.training.steps - 1
         return every > 0 and step % every == 0 and step < last
 
-    def _evaluated(self, done: int, stop: StopRequest, display: ProgressDisplay) -> dict[str, float]:
-        """The metrics of the weights after so many steps; none without an evaluator, or once a signal has come."""
-        if self.evaluator is None:
+    def _evaluated(self, done: int, display: ProgressDisplay) -> dict[str, float]:
+        """The metrics of the weights after so many steps; none without an evaluator, or once a signal has come. Of
+        several processes rank 0 evaluates, and the others wait for it in the next step."""
+        if self.evaluator is None or own_rank() != 0:
             return {}
-        metrics = self.evaluator.evaluate(self.model, self.device, lambda: stop.requested)
+        metrics = self.evaluator.evaluate(self.model, self.device, lambda: bool(self.stop.received))
         if metrics:
             shown = {"mIoU": "eval/miou", "AP50": "eval/ap50"}
             numbers = [f"{word} {metrics[name]:.4f}" for word, name in shown.items() if name in metrics]
@@ -263,24 +295,53 @@ class Trainer:
         return metrics
 
     def _judge(
-        self, step: int, batch: Batch, loss: LossOutput, total: float, norm: float, display: ProgressDisplay
+        self,
+        step: int,
+        batch: Batch,
+        loss: LossOutput,
+        total: float,
+        norm: float,
+        local_norm: float,
+        display: ProgressDisplay,
     ) -> None:
-        """Record a step that is bad: whose loss or gradient is not finite, or whose gradient norm is a spike."""
-        spike = self.spikes.update(norm)
-        facts = {"loss": total, "grad_norm": norm, "scenes": batch.names, "scene_notes": batch.notes}
-        if not (math.isfinite(total) and math.isfinite(norm)):
-            bad = [name for name, value in loss.terms.items() if not math.isfinite(value.item())]
-            what = ", ".join(f"loss term {name}" for name in bad) or ("gradient" if math.isfinite(total) else "loss")
-            message = f"non-finite {what}; pre-clip grad norm {norm:.4g}"
-            self.writer.event(step, "non-finite", message, terms=bad, **facts)
-        elif spike:
-            message = f"spike of the pre-clip grad norm: {norm:.4g}"
-            self.writer.event(step, "spike", message, **facts)
-        else:
+        """Record a step that is bad: whose loss or gradient is not finite, or whose gradient norm is a spike. All ranks
+        come to the same verdict, and name the ranks at which it began and their scenes."""
+        finite = math.isfinite(total) and math.isfinite(norm)
+        verdict = agree([not finite, self.spikes.update(norm), self.stop.received])
+        self.stop.agree(verdict.flags[2], verdict.ranks[2])
+        nonfinite, spike, _ = verdict.flags
+        if not (nonfinite or spike):
             return
-        display.incident(f"step {step}: {message}; scenes {', '.join(batch.names)}")
+        terms = [name for name, value in loss.terms.items() if not math.isfinite(value.item())]
+        sights = gather(Sight(total, local_norm, terms, batch.names, batch.notes))
+        ranks = where_it_began(sights)
+        first = sights[ranks[0]]
+        facts: dict[str, Any] = {
+            "loss": first.loss,
+            "grad_norm": norm,
+            "scenes": [name for rank in ranks for name in sights[rank].scenes],
+            "scene_notes": [notes for rank in ranks for notes in sights[rank].notes],
+        }
+        where = ""
+        if len(sights) > 1:
+            where = f" on {_name_of(ranks)}"
+            facts |= {"rank": ranks[0], "ranks": ranks, "local_norms": [sight.local_norm for sight in sights]}
+        if nonfinite:
+            bad = list(dict.fromkeys(name for rank in ranks for name in sights[rank].terms))
+            what = ", ".join(f"loss term {name}" for name in bad)
+            what = what or ("gradient" if math.isfinite(first.loss) else "loss")
+            message = f"non-finite {what}{where}; pre-clip grad norm {norm:.4g}"
+            self.writer.event(step, "non-finite", message, terms=bad, **facts)
+        else:
+            message = f"spike of the pre-clip grad norm{where}: {norm:.4g}"
+            self.writer.event(step, "spike", message, **facts)
+        display.incident(f"step {step}: {message}; scenes {', '.join(facts['scenes'])}")
 
     def _save(self, done: int) -> None:
         self.monitor.flush()
         info = {**self.info, "grad_norms": self.spikes.previous}
         save_checkpoint(checkpoint_folder(self.out), done, self.model, self.optimizer, info)
+
+
+def _name_of(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

@@ -94,7 +94,7 @@ def test_a_resumed_run_is_bit_identical_to_one_that_was_never_interrupted(
     second = resume_training(tmp_path / "parts.json", console=quiet)
     assert (second.status, list(second.steps)) == ("completed", list(range(6)))
     for name in whole.names():
-        if "seconds" not in name:
+        if "seconds" not in name and not name.startswith("throughput/"):
             np.testing.assert_array_equal(values(second, name), values(whole, name), err_msg=name)
     assert [event for event in second.events if event.kind not in ("signal", "resume")] == whole.events
     assert_same_tensors(weights(tmp_path, "parts"), weights(tmp_path, "whole"))
