@@ -7,6 +7,7 @@ from bifusion_diag.probes.data import DataProbe
 from bifusion_diag.probes.fields import FieldProbe, Key
 from bifusion_diag.probes.gate import GateProbe
 from bifusion_diag.probes.grads import GradsProbe
+from bifusion_diag.probes.loss_gradients import LossGradientsProbe
 from bifusion_diag.probes.losses import LossesProbe
 from bifusion_diag.probes.monitor import Monitor
 from bifusion_diag.probes.normalize import NormalizeProbe
@@ -23,6 +24,7 @@ __all__ = [
     "GateProbe",
     "GradsProbe",
     "Key",
+    "LossGradientsProbe",
     "LossesProbe",
     "Monitor",
     "NormalizeProbe",

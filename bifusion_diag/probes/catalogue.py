@@ -10,6 +10,7 @@ from bifusion_diag.probes.clip import ClipProbe
 from bifusion_diag.probes.data import DataProbe
 from bifusion_diag.probes.gate import GateProbe
 from bifusion_diag.probes.grads import GradsProbe
+from bifusion_diag.probes.loss_gradients import LossGradientsProbe
 from bifusion_diag.probes.losses import LossesProbe
 from bifusion_diag.probes.normalize import NormalizeProbe
 from bifusion_diag.probes.projection import ProjectionProbe
@@ -18,6 +19,7 @@ from bifusion_diag.probes.throughput import ThroughputProbe
 PROBES: dict[str, type[Probe]] = {
     "grads": GradsProbe,
     "losses": LossesProbe,
+    "loss_gradients": LossGradientsProbe,
     "clip": ClipProbe,
     "projection": ProjectionProbe,
     "gate": GateProbe,

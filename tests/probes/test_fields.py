@@ -1,4 +1,4 @@
-"""Losses, CLIP ranges, projection and gate against numpy, one element after another where that is possible."""
+"""CLIP ranges, projection and gate against numpy, one element after another where that is possible."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from probe_toys import Encoded, Gate, Give, Loss, View
+from probe_toys import Encoded, Gate, Give, View
 from torch import nn
 
 from bifusion_diag.probes import ClipProbe, GateProbe, Monitor, Probe
@@ -24,36 +24,6 @@ def row_of(probe: str | Probe, outputs: list[tuple[str, Any]]) -> dict[str, floa
                 model[name](output)
         monitor.end_step()
         return monitor.latest()
-
-
-def loss(**terms: float) -> Loss:
-    raw = {name: torch.tensor(value, requires_grad=True) for name, value in terms.items()}
-    weights = {name: 0.1 * (i + 1) for i, name in enumerate(raw)}
-    return Loss(sum(weights[name] * raw[name] for name in raw), raw, weights)  # type: ignore[arg-type]
-
-
-def test_losses() -> None:
-    row = row_of("losses", [("criterion", loss(semantic=2.0, instance=float("nan"), clip=float("inf")))])
-    assert list(row) == [
-        "loss/total",
-        *(f"loss/{term}/raw" for term in ("semantic", "instance", "clip")),
-        *(f"loss/{term}/weighted" for term in ("semantic", "instance", "clip")),
-    ]
-    assert np.isnan(row["loss/total"])  # a value, not a missing one
-    assert row["loss/semantic/raw"] == 2.0
-    assert row["loss/semantic/weighted"] == pytest.approx(0.2)
-    assert np.isnan(row["loss/instance/weighted"])
-    assert row["loss/clip/raw"] == float("inf")
-
-
-def test_losses_of_several_calls_are_averaged() -> None:
-    model = Give()
-    with Monitor(model, probes=["losses"]) as monitor:
-        with monitor.step():
-            model(loss(a=1.0))
-            model(loss(a=4.0))
-        monitor.end_step()
-        assert monitor.latest() == pytest.approx({"loss/total": 0.25, "loss/a/raw": 2.5, "loss/a/weighted": 0.25})
 
 
 def ranges(x: np.ndarray, rows: np.ndarray | None = None) -> dict[str, float]:
