@@ -1,5 +1,6 @@
 """The instruments: the Monitor, the base of all probes, and one small file a probe. Knows PyTorch, knows no model."""
 
+from bifusion_diag.probes.attention import AttentionProbe
 from bifusion_diag.probes.base import ROOT, Call, Probe, Reading, Schedule, Subject
 from bifusion_diag.probes.catalogue import PROBES, make_probes
 from bifusion_diag.probes.clip import ClipProbe
@@ -17,6 +18,7 @@ from bifusion_diag.probes.throughput import ThroughputProbe
 __all__ = [
     "PROBES",
     "ROOT",
+    "AttentionProbe",
     "Call",
     "ClipProbe",
     "DataProbe",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bifusion_diag.errors import UserError, near_matches
+from bifusion_diag.probes.attention import AttentionProbe
 from bifusion_diag.probes.base import Probe
 from bifusion_diag.probes.clip import ClipProbe
 from bifusion_diag.probes.data import DataProbe
@@ -24,6 +25,7 @@ PROBES: dict[str, type[Probe]] = {
     "projection": ProjectionProbe,
     "gate": GateProbe,
     "normalize": NormalizeProbe,
+    "attention": AttentionProbe,
     "data": DataProbe,
     "throughput": ThroughputProbe,
 }

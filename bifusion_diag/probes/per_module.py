@@ -22,22 +22,23 @@ class ModuleProbe(Probe):
         cls.KEYS = {f"<module>/{key}": entry.meaning for key, entry in cls.TABLE.items()}
 
     def begin(self) -> None:
-        self._calls: dict[str, list[Tensor]] = {}  # by module: numbers (keys,) of each call
+        self._calls: dict[tuple[str, tuple[str, ...]], list[Tensor]] = {}  # by module and keys: numbers of each call
 
-    def record(self, module: str, values: Tensor) -> None:
-        """Keep the numbers of one call, (keys,) float32 in the order of TABLE."""
-        self._calls.setdefault(module, []).append(values)
+    def record(self, module: str, values: Tensor, keys: tuple[str, ...] | None = None) -> None:
+        """Keep the numbers of one call, (keys,) float32; all keys of TABLE where None are named."""
+        self._calls.setdefault((module, keys or tuple(self.TABLE)), []).append(values)
 
     def collect(self) -> Iterator[Reading]:
-        alike: dict[tuple[int, torch.device], list[str]] = {}  # modules called equally often are put together at once
-        for module, calls in self._calls.items():
-            alike.setdefault((len(calls), calls[0].device), []).append(module)
-        for (count, _), modules in alike.items():
-            numbers = torch.stack([values for module in modules for values in self._calls[module]])
-            numbers = numbers.view(len(modules), count, len(self.TABLE))
-            for i, (key, entry) in enumerate(self.TABLE.items()):
+        alike: dict[tuple[tuple[str, ...], int, torch.device], list[str]] = {}  # put together at once
+        for (module, keys), calls in self._calls.items():
+            alike.setdefault((keys, len(calls), calls[0].device), []).append(module)
+        for (keys, count, _), modules in alike.items():
+            numbers = torch.stack([values for module in modules for values in self._calls[module, keys]])
+            numbers = numbers.view(len(modules), count, len(keys))
+            for i, key in enumerate(keys):
                 missing = key in self.NAN_IS_MISSING
-                values = numbers[:, 0, i] if count == 1 else _combined(numbers[:, :, i], entry.over_calls, missing)
+                rule = self.TABLE[key].over_calls
+                values = numbers[:, 0, i] if count == 1 else _combined(numbers[:, :, i], rule, missing)
                 yield Reading(
                     tuple(f"{self.name}/{module}/{key}" for module in modules), values, nan_is_missing=missing
                 )

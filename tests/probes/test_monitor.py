@@ -44,6 +44,7 @@ class Full(nn.Module):
         super().__init__()
         self.tower, self.gate, self.projection, self.encoder, self.criterion = (Give() for _ in range(5))
         self.spatial_head = nn.Linear(4, 4)
+        self.attention = nn.MultiheadAttention(4, 2)
         self.zoo = Zoo()
 
     def forward(self, x: Tensor) -> Loss:
@@ -54,6 +55,7 @@ class Full(nn.Module):
         view = self.projection(View(x[:, None, :3], *flags, flags[2].any(1)))
         fused = self.gate(Gate(alpha * f2d + (1 - alpha) * x, alpha)).fused
         self.encoder(Encoded(f2d, x, view.valid, alpha))
+        fused = fused + self.attention(fused, x, x)[0]
         terms = {"a": self.zoo(fused), "b": f2d.square().mean()}
         return self.criterion(Loss(terms["a"] + 0.1 * terms["b"], terms, {"a": 1.0, "b": 0.1}))
 
@@ -130,7 +132,7 @@ def test_everything_reaches_the_record(tmp_path: Path) -> None:
     assert histogram.counts.sum(1).tolist() == [8.0] * 8
     assert run.modules[0] == ModuleInfo("(root)", "Full", 0, "(root)", 0, 0)
     order = [module.name for module in run.modules]
-    assert order[1:7] == ["tower", "spatial_head", "projection", "gate", "encoder", "zoo"]
+    assert order[1:8] == ["tower", "spatial_head", "projection", "gate", "encoder", "attention", "zoo"]
     assert order.index("zoo.twice") < order.index("zoo.frozen") < order.index("criterion") < order.index("zoo.never")
     by_name = {module.name: module for module in run.modules}
     assert (by_name["zoo.frozen"].parameters, by_name["zoo.frozen"].trainable) == (20, 0)
