@@ -104,10 +104,10 @@ def _follow(
                 alone = looked
                 said = ""
                 if once:
-                    return [*lines(), *_ended(path, run)]
+                    return _joined(lines(), _ended(path, run))
                 show(lines(console.height) if screen else [status_line(run, now=time.time())])
                 if run.status != "running" and (_document(path, run).is_file() or time.time() - run.begun > WRITING):
-                    return [*(lines() if screen else []), *_ended(path, run)]
+                    return _joined(lines() if screen else [], _ended(path, run))
             time.sleep(max(interval - (time.monotonic() - looked), 0.05))
 
 
@@ -147,6 +147,10 @@ def _ended(path: Path, run: RecordFollower) -> list[str]:
     if document.is_file():
         return [f"{steps}: {document}", _report(document)]
     return [f"{steps}: {document} is not there, its record is: {run.folder}", _report(run.folder)]
+
+
+def _joined(above: Sequence[Text | str], below: Sequence[str]) -> list[Text | str]:
+    return [*above, *([""] if above and below else []), *below]
 
 
 def _document(path: Path, run: RecordFollower) -> Path:
