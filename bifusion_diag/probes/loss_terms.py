@@ -35,7 +35,7 @@ class LossTerms(NamedTuple):
         """Check and complete what a loop tells.
 
         Raises:
-            UserError: no term, a term or a total that is no tensor of one element, or a weight of no term.
+            UserError: no term; a term or a total that is no tensor of one element; a weight of several, or of no term.
         """
         if not terms:
             raise UserError("losses(...): no term was given")
@@ -46,9 +46,11 @@ class LossTerms(NamedTuple):
             if value.numel() != 1:
                 raise UserError(f"losses(...): {what} has {value.numel()} elements; give its mean or sum")
         known = dict(weights or {})
-        for name in known:
+        for name, weight in known.items():
             if name not in terms:
                 raise UserError(f"losses(...): a weight for {name!r}, which is no term.{near_matches(name, terms)}")
+            if isinstance(weight, Tensor) and weight.numel() != 1:
+                raise UserError(f"losses(...): the weight of {name!r} has {weight.numel()} elements; give one")
         raw = {name: _scalar(term) for name, term in terms.items()}
         return cls(None if total is None else _scalar(total), raw, {name: known.get(name, 1.0) for name in raw})
 

@@ -223,7 +223,8 @@ class Monitor:
         weights: Mapping[str, float | Tensor] | None = None,
         total: Tensor | None = None,
     ) -> None:
-        """Tell the step's loss terms, where no module of the model returns them. Call it before backward().
+        """Tell the step's loss terms, where no module of the model returns them. Call it before backward(). From then
+        on what is told counts, and nothing that a module returns.
 
         Args:
             terms: () raw terms by name.
@@ -231,7 +232,8 @@ class Monitor:
             total: () what is differentiated. None: the sum of weight × term.
 
         Raises:
-            UserError: no step block is open, a term has more than one element, or weights and terms have other names.
+            UserError: no step block is open; a term, a weight or the total has more than one element; a weight is of no
+                term.
         """
         if not self._measuring:
             raise UserError("losses(...): no step block is open. Call it inside `with monitor.step(batch)`.")

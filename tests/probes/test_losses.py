@@ -118,6 +118,8 @@ def test_what_cannot_be_told() -> None:
                 monitor.losses({"a": torch.ones(3)})
             with pytest.raises(UserError, match="'a' is a float; give a tensor"):
                 monitor.losses({"a": 1.0})  # type: ignore[dict-item]
+            with pytest.raises(UserError, match="the weight of 'a' has 2 elements"):
+                monitor.losses({"a": term(1.0)}, {"a": torch.ones(2)})
             with pytest.raises(UserError, match="total has 2 elements"):
                 monitor.losses({"a": term(1.0)}, total=torch.ones(2))
             with pytest.raises(UserError, match=r"a weight for 'aa', which is no term\. Did you mean 'a'\?"):
