@@ -104,9 +104,7 @@ class AttentionProbe(ModuleProbe):
         found = _of_mha(call) if isinstance(call.module, nn.MultiheadAttention) else _of_qkv(call)
         if found is None or not len(found.queries) or not len(found.keys):
             return
-        # Autocast would round what is computed again; and nothing is measured with a device type that it lacks.
-        with torch.autocast(found.queries.device.type, enabled=False):
-            self.record(call.name, torch.stack([_masked_rows(found).float(), *_summary(*_sampled(found))]))
+        self.record(call.name, torch.stack([_masked_rows(found).float(), *_summary(*_sampled(found))]))
 
     def _of_fields(self, call: Call) -> None:
         told = {field: get_field(call.output, place) for field, place in self.places.items()}

@@ -51,7 +51,7 @@ class Full(nn.Module):
         tokens = self.tower({"tokens": x})["tokens"]
         f2d = self.spatial_head(tokens)
         alpha = f2d.mean(1, keepdim=True).sigmoid()
-        flags = [torch.rand(len(x), 1) < share for share in (0.9, 0.6, 0.3)]
+        flags = [torch.rand(len(x), 1, device=x.device) < share for share in (0.9, 0.6, 0.3)]
         view = self.projection(View(x[:, None, :3], *flags, flags[2].any(1)))
         fused = self.gate(Gate(alpha * f2d + (1 - alpha) * x, alpha)).fused
         self.encoder(Encoded(f2d, x, view.valid, alpha))
