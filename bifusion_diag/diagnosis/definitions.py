@@ -74,7 +74,14 @@ DEFINITIONS: tuple[Definition, ...] = (
     Definition(
         "update_ratio/p50", "median", "Median over modules of the median over steps of ‖Δw‖ ÷ ‖w‖.", "", _UPDATE
     ),
-    Definition("update_ratio/max", "largest", "Largest ‖Δw‖ ÷ ‖w‖ of any module at any step.", "lower", _UPDATE),
+    Definition(
+        "update_ratio/max",
+        "largest",
+        "Of any module at any step, where finite; 1 where all that moved was zero before.",
+        "lower",
+        _UPDATE,
+    ),
+    Definition("updates/skipped", "skipped", "Steps in which no optimiser has updated anything.", "lower", _UPDATE),
     Definition(
         "loss_share/*",
         "share of the loss",
@@ -112,6 +119,16 @@ DEFINITIONS: tuple[Definition, ...] = (
         "Modules with a NaN or infinity in their own weights at any step.",
         "lower",
         _INSIDE,
+    ),
+    Definition(
+        "attention/masked_rows",
+        "attention rows without a key",
+        "Queries whose mask leaves no key to see, summed over modules and steps: a softmax over nothing.",
+        "lower",
+        _INSIDE,
+    ),
+    Definition(
+        "attention/max_logit", "largest |attention logit|", "Of any module at any measured step.", "lower", _INSIDE
     ),
     Definition(
         "normalize/smallest",

@@ -33,6 +33,11 @@ def ever(stats: SeriesStats) -> float:
     return float((stats.max or 0.0) > 0)
 
 
+def bad(stats: SeriesStats) -> float:
+    """Whether a value is NaN or infinite at any step: 0 or 1."""
+    return float(stats.nonfinite > 0)
+
+
 def _p50(stats: SeriesStats) -> float | None:
     return stats.p50
 
@@ -59,10 +64,13 @@ _NO_TIMES = "no probe in this record times the steps (probe throughput)"
 SUMMARIES: tuple[Summary, ...] = (
     Summary("update_ratio/p50", UPDATE_RATIO, _p50, median, gap=_NO_UPDATES),
     Summary("update_ratio/max", UPDATE_RATIO, _max, max, gap=_NO_UPDATES),
+    Summary("updates/skipped", r"updates/(skipped)", total, sum, "steps"),
     Summary("gradient_conflict", r"loss_gradients/(conflict)", _p50, median),
     Summary("activations/nonfinite", r"activations/(.+)/nonfinite", ever, sum, "modules"),
-    Summary("weights/nonfinite", r"weights/(.+)/nonfinite", ever, sum, "modules"),
+    Summary("weights/nonfinite", r"weights/(.+)/norm", bad, sum, "modules"),
     Summary("normalize/smallest", r"normalize/(.+)/smallest", _min, min),
+    Summary("attention/masked_rows", r"attention/(.+)/masked_rows", total, sum, "rows"),
+    Summary("attention/max_logit", r"attention/(.+)/max_logit", _max, max),
     Summary("data/nonfinite", r"data/(.+)/nonfinite", total, sum, "values"),
     Summary("data/out_of_range", r"data/(.+)/out_of_range", total, sum, "labels"),
     Summary("data/ignored_share", r"data/(.+)/ignored_share", _mean, max),

@@ -24,6 +24,7 @@ class ModuleGradient:
         median: of the finite norms, None where there is none.
         maximum: likewise.
         nonfinite: steps with a non-finite gradient.
+        update_ratio: median over steps of ‖Δw‖ ÷ ‖w‖, None where it was not measured.
     """
 
     module: str
@@ -32,6 +33,7 @@ class ModuleGradient:
     median: float | None
     maximum: float | None
     nonfinite: int
+    update_ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ def module_gradients(run: Run) -> tuple[ModuleGradient, ...]:
     for module in gradient_modules(run):
         state = run.all_series[f"grads/{module}/state"]
         norm = run.series(f"grads/{module}/param_norm")
+        ratio = run.series(f"updates/{module}/ratio")
         codes = np.rint(state.value[np.isfinite(state.value)]).astype(int)  # of a reduced series: bucket means
         usual = STATES[int(np.bincount(codes).argmax())] if codes.size else "not measured"
         rows.append(
@@ -61,6 +64,7 @@ def module_gradients(run: Run) -> tuple[ModuleGradient, ...]:
                 None if norm is None else norm.stats.p50,
                 None if norm is None else norm.stats.max,
                 0 if norm is None else norm.stats.nonfinite,
+                None if ratio is None else ratio.stats.p50,
             )
         )
     return tuple(rows)

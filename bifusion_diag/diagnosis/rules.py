@@ -6,9 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from bifusion_diag.diagnosis.count_rules import (
+    attention_masked_rows,
+    data_nonfinite,
+    labels_out_of_range,
+    nonfinite_output,
+)
 from bifusion_diag.diagnosis.criteria import warm_up_steps
-from bifusion_diag.diagnosis.findings import Context, Evidence, Finding, Rule, Severity
-from bifusion_diag.diagnosis.instruments import matching, total
+from bifusion_diag.diagnosis.findings import Context, Evidence, Finding, Rule
 from bifusion_diag.diagnosis.measures import LISTED_STEPS
 from bifusion_diag.diagnosis.names import COEFFICIENT, NORM, TOTAL
 from bifusion_diag.diagnosis.origins import Origin, most_common_place
@@ -312,52 +317,12 @@ def dominant_term(context: Context) -> list[Finding] | NotMeasured:
     return findings
 
 
-def labels_out_of_range(context: Context) -> list[Finding] | NotMeasured:
-    """A batch holds class ids that no class has."""
-    return _in_batches(
-        context,
-        "out_of_range",
-        ("labels-out-of-range", "error", "Labels hold ids that no class has"),
-        "Such an id is neither a class nor the one that is ignored. A loss that looks it up fails, and on CUDA takes "
-        "the process with it.",
-    )
-
-
-def data_nonfinite(context: Context) -> list[Finding] | NotMeasured:
-    """A batch holds NaN or infinity."""
-    return _in_batches(
-        context,
-        "nonfinite",
-        ("data-nonfinite", "warning", "The batches hold NaN or infinity"),
-        "The loader hands it out so. In train mode BatchNorm takes it into its buffers already in the forward, where "
-        "skipping the step does not help.",
-    )
-
-
-def _in_batches(
-    context: Context, key: str, words: tuple[str, Severity, str], mechanism: str
-) -> list[Finding] | NotMeasured:
-    """One finding where a count of the probe `data` is ever above zero, with the fields and the steps."""
-    fields = dict(matching(context.run, rf"data/(.+)/{key}"))
-    if not fields:
-        return NotMeasured("the batches were not measured (probe data)")
-    bad = {field: series for field, series in fields.items() if (series.max > 0).any()}
-    if not bad:
-        return []
-    steps = np.unique(np.concatenate([series.steps[series.max > 0] for series in bad.values()]))
-    evidence = tuple(
-        Evidence(f"{field}, over all steps", Quantity(total(series.stats), "values"), series.name)
-        for field, series in bad.items()
-    )
-    exact = all(series.exact for series in bad.values())  # else these are buckets of several steps
-    count = int(steps.size) if exact else None
-    return [Finding(*words, evidence, mechanism, (int(steps[0]), int(steps[-1])), count)]
-
-
 RULES: tuple[Rule, ...] = (
     Rule("nonfinite-loss", "Non-finite loss", nonfinite_loss),
     Rule("nonfinite-gradient", "Non-finite gradient", nonfinite_gradient),
     Rule("gradient-spike", "Spikes of the gradient norm", gradient_spike),
+    Rule("nonfinite-output", "Non-finite output of a module", nonfinite_output),
+    Rule("attention-masked-rows", "Attention rows without a key", attention_masked_rows),
     Rule("labels-out-of-range", "Labels out of range", labels_out_of_range),
     Rule("data-nonfinite", "Non-finite data", data_nonfinite),
     Rule("projection-nonfinite", "Non-finite projection", projection_nonfinite),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,10 +24,13 @@ from bifusion_diag.reports.plots import (
     Trace,
     draw_alpha,
     draw_clip_ranges,
+    draw_gradients,
     draw_heatmap,
     draw_projection,
     draw_terms,
+    draw_throughput,
     draw_timeline,
+    draw_updates,
     draw_validation,
 )
 from bifusion_diag.reports.sparkline import Spark, draw_spark
@@ -133,6 +136,7 @@ class Page:
     modules: list[ModuleTable]
     why: list[Plot]
     why_gaps: list[str]
+    cost: tuple[list[Plot], list[str]]
     criteria: list[tuple[Criterion, ...]]
     measures: list[MeasureGroup]
     settings: list[SettingTable]
@@ -178,6 +182,7 @@ def comparison_page(comparisons: Sequence[RunComparison], baseline: Run, candida
         ],
         why=why,
         why_gaps=gaps,
+        cost=_cost(traces),
         criteria=list(zip(*(assessment.criteria for assessment in assessments), strict=True)),
         measures=_compared_measures(comparisons),
         settings=_setting_tables(runs),
@@ -240,11 +245,20 @@ def _setting_tables(runs: Sequence[Run]) -> list[SettingTable]:
 
 
 def _pair_table(pairs: Sequence[ModulePair], baseline: str, candidate: str) -> ModuleTable:
-    head = ("module", baseline, candidate, "ratio", "largest", "non-finite steps", f"state in {candidate}")
+    head = (
+        "module",
+        baseline,
+        candidate,
+        "ratio",
+        "largest",
+        "non-finite steps",
+        "update ratio",
+        f"state in {candidate}",
+    )
     rows = [_pair_row(pair) for pair in pairs[:MODULE_ROWS]]
     title = (
         f"Median gradient norm of the modules of both {baseline} and {candidate}, non-finite first, then by ratio; "
-        f"the last three columns are of {candidate}"
+        f"the last four columns are of {candidate}"
     )
     return ModuleTable(title, head, rows, len(pairs) - len(rows))
 
@@ -258,7 +272,7 @@ def run_page(assessment: RunAssessment, run: Run) -> Page:
         (key, MeasureRow(_measure_title(key), (reading,), (), definition_of(key).text)) for key, reading in readings
     ]
     rows = [_module_row(row) for row in assessment.modules[:MODULE_ROWS]]
-    head = ("module", "median", "largest", "non-finite steps", "state")
+    head = ("module", "median", "largest", "non-finite steps", "update ratio", "state")
     return Page(
         title=assessment.name,
         compared=False,
@@ -277,6 +291,7 @@ def run_page(assessment: RunAssessment, run: Run) -> Page:
         ],
         why=why,
         why_gaps=gaps,
+        cost=_cost([trace]),
         criteria=[(criterion,) for criterion in assessment.criteria],
         measures=_groups(measures),
         settings=_setting_tables([run]),
@@ -286,23 +301,41 @@ def run_page(assessment: RunAssessment, run: Run) -> Page:
 
 def _why(traces: Sequence[Trace]) -> tuple[list[Plot], list[str]]:
     """The plots of losses, features, projection and gate of every run that has them, and what no run has."""
-    plots: list[Plot] = []
-    gaps: list[str] = []
-    kinds = (
-        ("terms", partial(draw_terms, colours=_term_colours(traces)), "the losses by term (probe losses)"),
+    colours = _term_colours(traces)
+    plots, gaps = _drawn(
+        traces,
+        ("terms", partial(draw_terms, colours=colours), "the losses by term (probe losses)"),
+        (
+            "gradients",
+            partial(draw_gradients, colours=colours),
+            "each term's share of the gradient in shared modules, and conflicts between terms (probe loss_gradients)",
+        ),
+        ("updates", draw_updates, "how far weights move, ‖Δw‖ ÷ ‖w‖ (probe updates)"),
         ("clip", draw_clip_ranges, "the CLIP features (probe clip)"),
         ("projection", draw_projection, "the projection (probe projection)"),
         ("alpha", draw_alpha, "the gate (probe gate)"),
     )
+    if not any(trace.run.names("eval/") for trace in traces):
+        gaps.append("Not measured: mIoU and AP on validation scenes (train with --evaluate-every).")
+    return plots, gaps
+
+
+def _drawn(
+    traces: Sequence[Trace], *kinds: tuple[str, Callable[[Trace, str], Plot | None], str]
+) -> tuple[list[Plot], list[str]]:
+    """Plots of every run, and a sentence for every kind that no run has."""
+    plots: list[Plot] = []
+    gaps: list[str] = []
     for kind, draw, words in kinds:
         drawn = [draw(trace, f"{kind}{index}") for index, trace in enumerate(traces)]
         plots += [plot for plot in drawn if plot is not None]
         if not any(drawn):
             gaps.append(f"Not measured: no run recorded {words}.")
-    if not any(trace.run.names("eval/") for trace in traces):
-        gaps.append("Not measured: mIoU and AP on validation scenes (train with --evaluate-every).")
-    gaps.append("Not measured: each term's share of the gradient in shared modules, and conflicts between terms.")
     return plots, gaps
+
+
+def _cost(traces: Sequence[Trace]) -> tuple[list[Plot], list[str]]:
+    return _drawn(traces, ("throughput", draw_throughput, "where the time of a step goes (probe throughput)"))
 
 
 def _term_colours(traces: Sequence[Trace]) -> dict[str, str]:
@@ -358,12 +391,14 @@ def _pair_row(pair: ModulePair) -> tuple[str, ...]:
         ratio_text(pair.ratio),
         _norm(mine.maximum),
         text(mine.nonfinite, whole=True),
+        _norm(mine.update_ratio),
         mine.state,
     )
 
 
 def _module_row(row: ModuleGradient) -> tuple[str, ...]:
-    return (row.module, _norm(row.median), _norm(row.maximum), text(row.nonfinite, whole=True), row.state)
+    numbers = _norm(row.median), _norm(row.maximum), text(row.nonfinite, whole=True), _norm(row.update_ratio)
+    return (row.module, *numbers, row.state)
 
 
 def _norm(value: float | None) -> str:

@@ -33,6 +33,12 @@ def min_max(
     return x[keep], y[keep]
 
 
+def bins(length: int, most: int) -> NDArray[np.int64]:
+    """First index of every bin of consecutive entries, at most so many."""
+    count = min(most, length)
+    return np.arange(count) * length // max(count, 1)
+
+
 def running_median(y: NDArray[np.float64], window: int = 21) -> NDArray[np.float64]:
     """Centred running median of the finite values (K,), shorter at the ends; NaN where the window has none."""
     finite = pd.Series(np.where(np.isfinite(y), y, np.nan))

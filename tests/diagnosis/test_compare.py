@@ -218,6 +218,8 @@ def test_a_healthy_run_has_no_finding_and_says_what_it_could_not_measure(make_ru
         ({"loss/a/weighted": [99, 99], "loss/b/weighted": [1, 1]}, "dominant-term"),
         ({"data/semantic/out_of_range": [0, 3]}, "labels-out-of-range"),
         ({"data/pose/nonfinite": [0, 12], "data/xyz/nonfinite": [0, 0]}, "data-nonfinite"),
+        ({"attention/decoder.0/masked_rows": [0, 3]}, "attention-masked-rows"),
+        ({"activations/head/nonfinite": [0, 3]}, "nonfinite-output"),
     ],
 )  # fmt: skip
 def test_rules_fire(make_run: RunMaker, series: dict[str, list[float]], rule: str) -> None:
@@ -230,8 +232,25 @@ def test_findings_of_data_name_fields_and_steps(make_run: RunMaker) -> None:
     assert (finding.steps, finding.count) == ((11, 13), 3)
     stated = {item.series: item.reading for item in finding.evidence}
     assert stated == {
-        "data/pose/nonfinite": Quantity(16, "values"), "data/xyz/nonfinite": Quantity(1, "values"),
+        "data/pose/nonfinite": Quantity(16), "data/xyz/nonfinite": Quantity(1),
     }  # fmt: skip
+
+
+def test_the_first_non_finite_output_is_that_of_the_innermost_module_that_runs_first(make_run: RunMaker) -> None:
+    bad = {"(root)": [0, 1, 1], "net": [0, 1, 1], "net.b": [0, 1, 0], "net.a": [0, 1, 0], "net.c": [0, 0, 1]}
+    columns = {f"activations/{name}/nonfinite": values for name, values in bad.items()}
+    columns["activations/fine/nonfinite"] = [0, 0, 0]
+    run = make_run(columns, steps=[5, 6, 7], modules=["(root)", "net", "net.a", "net.b", "net.c", "fine"])
+    finding = assess_run(run).findings[0]
+    assert (finding.module, finding.steps) == ("net.a", (6, 6))
+    assert [item.reading for item in finding.evidence] == [Quantity(1, "steps"), Quantity(5, "modules")]
+
+
+def test_of_many_counts_the_largest_are_named(make_run: RunMaker) -> None:
+    run = make_run({f"attention/layer{index}/masked_rows": [0, index] for index in range(9)})
+    finding = assess_run(run).findings[0]
+    assert [item.label.split(",")[0] for item in finding.evidence[:5]] == [f"layer{i}" for i in (8, 7, 6, 5, 4)]
+    assert finding.evidence[5].reading == Quantity(3, "others")  # layer0 has none
 
 
 def test_a_dominant_term_is_set_beside_its_gradient(make_run: RunMaker) -> None:

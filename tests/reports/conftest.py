@@ -102,6 +102,27 @@ def _gradients(
     return columns, missing
 
 
+def _instruments(
+    steps: NDArray[np.int64], modules: list[ModuleInfo], rng: np.random.Generator
+) -> tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.bool_]]]:
+    """What the probes updates, loss_gradients (every 50 steps), throughput and data record."""
+    columns = {f"updates/{module.name}/ratio": 1e-3 * rng.lognormal(0, 0.5, steps.size) for module in modules}
+    columns["updates/pool/ratio"][77] = 0.5
+    columns["updates/encoder.clip/ratio"][:] = 0
+    terms = {"semantic": 0.2, "instance": 0.7, "clip_align": 0.1}
+    for term, share in terms.items():
+        columns[f"loss_gradients/{term}/share"] = share + 0.01 * rng.normal(size=steps.size)
+    for pair, cosine in (("semantic/instance", 0.4), ("semantic/clip_align", -0.3), ("instance/clip_align", 0.0)):
+        columns[f"loss_gradients/cosine/{pair}"] = cosine + 0.01 * rng.normal(size=steps.size)
+    missing = {name: steps % 50 > 0 for name in columns if name.startswith("loss_gradients/")}
+    for phase, seconds in {"data": 0.1, "forward": 0.3, "backward": 0.6, "update": 0.05, "step": 1.0}.items():
+        columns[f"throughput/{phase}_seconds"] = seconds * rng.lognormal(0, 0.05, steps.size)
+    columns["throughput/data_seconds"][400] = 60.0  # the model was evaluated
+    columns["throughput/peak_resident_mib"] = np.full(steps.size, 2048.0)
+    columns["data/pose/nonfinite"] = np.zeros(steps.size)
+    return columns, missing
+
+
 def write_run(
     path: Path,
     *,
@@ -132,7 +153,9 @@ def write_run(
         "train/clip_coefficient": np.minimum(1, 10 / norm),
         "train/lr": 2e-4 * (1 - at / steps),
     }
-    columns = {**losses, **loop, **(_fusion(at, rng) if fused else {}), **gradients}
+    instruments, more_missing = _instruments(at, modules, rng) if fused and steps > 500 else ({}, {})
+    columns = {**losses, **loop, **(_fusion(at, rng) if fused else {}), **gradients, **instruments}
+    missing |= more_missing
     header = RunHeader(
         run_id=name, name=name, created="2026-01-01T03:00:00+00:00", preset=preset,
         command=f"bifusion-diag train --model {preset} --scale small --steps {steps} --probe all --out {path.name}",

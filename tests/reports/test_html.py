@@ -66,7 +66,7 @@ def test_the_first_screen_answers(page: str) -> None:
 
 
 def test_sections_come_in_the_reader_s_order(page: str) -> None:
-    titles = ("Timeline", "Findings", "Where: ", "Why: ", "Criteria", "What differed", "To reproduce")
+    titles = ("Timeline", "Findings", "Where: ", "Why: ", "Cost: ", "Criteria", "What differed", "To reproduce")
     places = [page.index(f"<h2>{title}") for title in titles]
     assert places == sorted(places)
 
@@ -90,6 +90,17 @@ def test_hostile_text_stays_text(baseline: Run, candidate: Run) -> None:
         assert "<img" not in html
         assert "&lt;script&gt;alert(1)" in html
         assert html.count("<script") == 2  # the values and the program
+
+
+def test_what_the_probes_measure_is_shown_and_what_no_run_has_is_said(page: str, baseline: Run) -> None:
+    for words in ("Which term moves the shared weights, bifusion-fragile", "How far weights move in a step, ‖Δw‖ ÷ ‖w‖",
+                  "Where the time goes, bifusion-fragile", "cosine of gradients, semantic/clip_align",
+                  '<th class="n">update ratio</th>'):  # fmt: skip
+        assert words in page
+    assert "Not measured: no run recorded" not in page[page.index("Why: ") : page.index("Criteria of")]
+    alone = render_run(assess_run(baseline), baseline)
+    for probe in ("loss_gradients", "updates", "throughput"):
+        assert f"(probe {probe})" in alone
 
 
 def test_not_measured_is_never_a_pass(baseline: Run) -> None:

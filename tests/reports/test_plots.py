@@ -19,10 +19,13 @@ from bifusion_diag.reports.plots import (
     Trace,
     draw_alpha,
     draw_clip_ranges,
+    draw_gradients,
     draw_heatmap,
     draw_projection,
     draw_terms,
+    draw_throughput,
     draw_timeline,
+    draw_updates,
     draw_validation,
 )
 from bifusion_diag.reports.plots.heatmap import (
@@ -55,12 +58,15 @@ def plots(traces: list[Trace]) -> list[Plot]:
         draw_projection(traces[1], "projection1"),
         draw_alpha(traces[1], "alpha1"),
         draw_terms(traces[1], "terms1"),
+        draw_gradients(traces[1], "gradients1"),
+        draw_updates(traces[1], "updates1"),
+        draw_throughput(traces[1], "throughput1"),
     ]
     return [plot for plot in drawn if plot is not None]
 
 
 def test_every_plot_is_drawn_and_well_formed(plots: list[Plot]) -> None:
-    assert len(plots) == 6
+    assert len(plots) == 9
     for plot in plots:
         root = ElementTree.fromstring(plot.svg)
         assert root.get("aria-label") == plot.alt
@@ -133,6 +139,42 @@ def test_what_was_not_recorded_is_not_drawn(traces: list[Trace]) -> None:
     assert draw_alpha(traces[0], "a") is None
     assert draw_projection(traces[0], "p") is None
     assert draw_clip_ranges(traces[0], "c") is None
+    assert draw_gradients(traces[0], "g") is None
+    assert draw_updates(traces[0], "u") is None
+    assert draw_throughput(traces[0], "t") is None
+
+
+def test_the_largest_update_is_named(plots: list[Plot], candidate: Run) -> None:
+    plot = next(plot for plot in plots if plot.name == "updates1")
+    assert "Largest: 0.500 in pool." in plot.caption
+    ratios = [candidate.all_series[name] for name in candidate.names("updates/")]
+    assert f"Of {len(ratios)} modules" in plot.caption
+    middle = np.median([np.median(series.value) for series in ratios])
+    assert f"median {middle:.5f}" in plot.alt
+
+
+def test_terms_that_fight_are_named(plots: list[Plot]) -> None:
+    plot = next(plot for plot in plots if plot.name == "gradients1")
+    assert "Against each other at most steps: semantic/clip_align." in plot.caption
+    texts = ["".join(item.itertext()) for item in ElementTree.fromstring(plot.svg).iter() if item.tag.endswith("text")]
+    assert {"semantic", "instance", "clip_align", "semantic / clip_align"} <= set(texts)
+
+
+def test_a_step_after_an_evaluation_does_not_flatten_the_others(plots: list[Plot]) -> None:
+    plot = next(plot for plot in plots if plot.name == "throughput1")
+    texts = ["".join(item.itertext()) for item in ElementTree.fromstring(plot.svg).iter() if item.tag.endswith("text")]
+    seconds = [float(each) for each in texts if re.fullmatch(r"\d\.\d", each)]
+    assert 1.0 <= max(seconds) <= 3.5  # of 61 s
+    assert "Peak memory of the process: 2\u202f048 MiB." in plot.caption
+
+
+def test_the_same_plots_of_a_reduced_record(writer: Callable[..., Run], tmp_path: Path) -> None:
+    run = writer(tmp_path / "r.json", name="r", preset="bifusion", steps=3000)
+    assert not run.all_series["updates/pool/ratio"].exact
+    trace = Trace(run, measure(run), "r", ACCENT)
+    drawn = [draw_gradients(trace, "g"), draw_updates(trace, "u"), draw_throughput(trace, "t")]
+    assert all(drawn)
+    assert "Largest: 0.500 in pool." in drawn[1].caption  # type: ignore[union-attr]
 
 
 def evaluated(run: Run, scale: float, labels: str = "ground truth (synthetic)") -> Run:

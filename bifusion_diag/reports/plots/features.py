@@ -14,7 +14,7 @@ from bifusion_diag.record.schema import Run, Series
 from bifusion_diag.reports.numbers import text
 from bifusion_diag.reports.palette import ACCENT, BASELINE, CATEGORY, NON_FINITE, RULE
 from bifusion_diag.reports.plots.timeline import Trace
-from bifusion_diag.reports.reduce import MAX_VERTICES, line, min_max, running_median
+from bifusion_diag.reports.reduce import MAX_VERTICES, bins, line, min_max, running_median
 from bifusion_diag.reports.svg import (
     LEFT,
     RIGHT,
@@ -93,16 +93,10 @@ def _draw_ribbon(axes: Axes, run: Run, place: str) -> None:
 
 def _fill(axes: Axes, low: Series, high: Series, opacity: float) -> None:
     """A band; of one and the same series, symmetric about zero."""
-    edges = _bins(low.steps)
+    edges = bins(len(low.steps), MAX_VERTICES // 2)
     tops = np.fmax.reduceat(high.max, edges)
     bottoms = -tops if low is high else np.fmin.reduceat(low.min, edges)
     axes.fill_between(low.steps[edges], bottoms, tops, color=ACCENT, alpha=opacity, linewidth=0)
-
-
-def _bins(steps: NDArray[np.int64], bins: int = MAX_VERTICES // 2) -> NDArray[np.int64]:
-    """First index of every bin of consecutive entries."""
-    count = min(bins, steps.size)
-    return np.arange(count) * steps.size // count
 
 
 def draw_projection(trace: Trace, name: str) -> Plot | None:
@@ -111,7 +105,7 @@ def draw_projection(trace: Trace, name: str) -> Plot | None:
     valid = run.series("projection/valid")
     if valid is None or not len(valid.steps):
         return None
-    edges = _bins(valid.steps, BINS)
+    edges = bins(len(valid.steps), BINS)
     counts = {
         key: _binned(run, key, edges, len(valid.steps)) for key in ("occluded", "outside", "behind", "nan", "inf")
     }
