@@ -79,6 +79,18 @@ def attention_masked_rows(context: Context) -> list[Finding] | NotMeasured:
     )
 
 
+def empty_matches(context: Context) -> list[Finding] | NotMeasured:
+    """A scene has objects and no query is matched with any of them."""
+    return _counted(
+        context,
+        r"matching/(empty)",
+        "the matching of queries was not measured (probe matching)",
+        ("empty-match", "warning", "Scenes have objects that no query is matched with"),
+        "What is averaged over the matched queries is then averaged over nothing: NaN with every gradient finite, "
+        "unless the loss takes care of it.",
+    )
+
+
 def _counted(
     context: Context, pattern: str, gap: str, words: tuple[str, Severity, str], mechanism: str
 ) -> list[Finding] | NotMeasured:

@@ -131,6 +131,21 @@ DEFINITIONS: tuple[Definition, ...] = (
         "attention/max_logit", "largest |attention logit|", "Of any module at any measured step.", "lower", _INSIDE
     ),
     Definition(
+        "matching/empty",
+        "scenes without a match",
+        "Scenes with objects, none of which a query is matched with, summed over steps.",
+        "lower",
+        _INSIDE,
+    ),
+    Definition(
+        "matching/unmatched",
+        "objects without a query",
+        "That no query is matched with, summed over steps.",
+        "",
+        _INSIDE,
+    ),
+    Definition("matching/queries_min", "fewest matched queries", "Of any scene at any step.", "", _INSIDE),
+    Definition(
         "normalize/smallest",
         "smallest norm divided by",
         "Smallest norm or standard deviation, without ε, by which any normalisation divides; its gain is 1 over it.",

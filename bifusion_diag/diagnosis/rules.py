@@ -9,6 +9,7 @@ import numpy as np
 from bifusion_diag.diagnosis.count_rules import (
     attention_masked_rows,
     data_nonfinite,
+    empty_matches,
     labels_out_of_range,
     nonfinite_output,
 )
@@ -323,6 +324,7 @@ RULES: tuple[Rule, ...] = (
     Rule("gradient-spike", "Spikes of the gradient norm", gradient_spike),
     Rule("nonfinite-output", "Non-finite output of a module", nonfinite_output),
     Rule("attention-masked-rows", "Attention rows without a key", attention_masked_rows),
+    Rule("empty-match", "Scenes without a matched query", empty_matches),
     Rule("labels-out-of-range", "Labels out of range", labels_out_of_range),
     Rule("data-nonfinite", "Non-finite data", data_nonfinite),
     Rule("projection-nonfinite", "Non-finite projection", projection_nonfinite),

@@ -27,12 +27,14 @@ _SHOWN = (  # the measures of the terminal; the page and the JSON have all
     "grad_norm/max",
     "grad_cv",
     "clipped_share",
+    "update_ratio/p50",
     "clip/points/absmax",
     "projection/inf",
     "projection/valid_share",
     "gate/mean",
     "eval/miou",
     "eval/ap50",
+    "throughput/step_seconds",
 )
 _STATE_STYLE = {"stable": "bold green", "less stable": "bold yellow", "unstable": "bold red"}
 _RESULT_STYLE = {"pass": "green", "fail": "red", "not measured": "dim"}
@@ -110,7 +112,7 @@ def _any_measured(pair: MeasurePair) -> bool:
 
 def _title(key: str) -> str:
     definition = definition_of(key)
-    grouped = key.startswith(("grad_norm/", "clip/", "projection/", "eval/"))
+    grouped = key.startswith(("grad_norm/", "clip/", "projection/", "eval/", "update_ratio/"))
     return f"{definition.group}: {definition.title}" if grouped else definition.title
 
 

@@ -220,6 +220,7 @@ def test_a_healthy_run_has_no_finding_and_says_what_it_could_not_measure(make_ru
         ({"data/pose/nonfinite": [0, 12], "data/xyz/nonfinite": [0, 0]}, "data-nonfinite"),
         ({"attention/decoder.0/masked_rows": [0, 3]}, "attention-masked-rows"),
         ({"activations/head/nonfinite": [0, 3]}, "nonfinite-output"),
+        ({"matching/empty": [0, 1]}, "empty-match"),
     ],
 )  # fmt: skip
 def test_rules_fire(make_run: RunMaker, series: dict[str, list[float]], rule: str) -> None:
