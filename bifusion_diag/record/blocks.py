@@ -112,28 +112,38 @@ def _pack_values(block: Block) -> bytes:
     return present.astype("<f4", copy=False).view(np.uint8).reshape(-1, 4).T.tobytes()
 
 
-def _unpack(batch: pa.RecordBatch, width: str | None) -> Block:
-    return _unpack_version_1(batch) if width is None else _unpack_planes(batch, int(width))
-
-
-def _unpack_planes(batch: pa.RecordBatch, width: int) -> Block:
+def _unpack(batch: pa.RecordBatch, width: str | None, columns: Ints | None = None) -> Block:
+    """A block, of all columns or of those chosen."""
+    if width is None:
+        return _unpack_version_1(batch, columns)
     steps = batch.column(0)[0].values.to_numpy()
-    bits, planes = (batch.column(i)[0].as_buffer() for i in (1, 2))
-    shape = (width, len(steps))
-    present = np.frombuffer(planes, np.uint8).reshape(4, -1).T.copy().view("<f4").reshape(-1).astype("f4", copy=False)
+    bits, raw = (batch.column(i)[0].as_buffer() for i in (1, 2))
+    planes = np.frombuffer(raw, np.uint8).reshape(4, -1)
+    every = (int(width), len(steps))
+    chosen = slice(None) if columns is None else columns
     if bits is None:
-        return Block(steps, present.reshape(shape).T, np.zeros(shape, bool).T)
-    missing = np.unpackbits(np.frombuffer(bits, np.uint8), count=width * len(steps)).astype(bool).reshape(shape)
-    values = np.full(shape, np.nan, np.float32)
-    values[~missing] = present
+        values = _floats(planes.reshape(4, *every)[:, chosen])
+        return Block(steps, values.T, np.zeros(values.shape, bool).T)
+    gone = np.unpackbits(np.frombuffer(bits, np.uint8), count=every[0] * every[1]).astype(bool).reshape(every)
+    missing = gone[chosen]
+    place = (np.cumsum(~gone) - 1).reshape(every)[chosen]  # among the values that are there
+    values = np.full(missing.shape, np.nan, np.float32)
+    values[~missing] = _floats(planes[:, place[~missing]])
     return Block(steps, values.T, missing.T)
 
 
-def _unpack_version_1(batch: pa.RecordBatch) -> Block:
+def _floats(planes: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Four planes (4, ...) as numbers (...)."""
+    numbers: NDArray[np.float32] = np.moveaxis(planes, 0, -1).copy().view("<f4")[..., 0].astype(np.float32, copy=False)
+    return numbers
+
+
+def _unpack_version_1(batch: pa.RecordBatch, columns: Ints | None) -> Block:
     flat = batch.column(1).flatten()
     missing = np.asarray(flat.is_null().to_numpy(zero_copy_only=False), dtype=bool).reshape(batch.num_rows, -1)
     values = flat.to_numpy(zero_copy_only=False).astype(np.float32, copy=False).reshape(batch.num_rows, -1)
-    return Block(batch.column(0).to_numpy(), values, missing)
+    chosen = slice(None) if columns is None else columns
+    return Block(batch.column(0).to_numpy(), values[:, chosen], missing[:, chosen])
 
 
 def _metadata(schema: pa.Schema) -> dict[str, str]:
@@ -164,10 +174,14 @@ class BlockFile:
         self._source.close()
 
     def __iter__(self) -> Iterator[Block]:
+        return self.blocks()
+
+    def blocks(self, columns: Ints | None = None) -> Iterator[Block]:
+        """The blocks, of all columns or of those chosen, in their order: of a few, each is read in a fraction."""
         while self._reader is not None:
             try:
                 batch = self._reader.read_next_batch()
-                block = _unpack(batch, self.metadata.get("width"))
+                block = _unpack(batch, self.metadata.get("width"), columns)
             except StopIteration:
                 return
             except (pa.ArrowException, OSError, ValueError):
@@ -200,7 +214,7 @@ class BlockTail:
             size = os.fstat(file.fileno()).st_size
             while self._end < size and (length := _message_size(file, self._end)) and self._end + length <= size:
                 if self._schema is None:
-                    self._schema = pa.ipc.read_schema(pa.BufferReader(os.pread(file.fileno(), length, 0)))
+                    self._schema = pa.ipc.read_schema(pa.BufferReader(_read(file, 0, length)))
                     self.metadata = _metadata(self._schema)
                 else:
                     places.append(self._end)
@@ -218,17 +232,22 @@ class BlockTail:
             return None
 
 
+def _read(file: io.FileIO, offset: int, size: int) -> bytes:
+    file.seek(offset)
+    return file.read(size)
+
+
 def _message_size(file: io.FileIO, offset: int) -> int:
     """Bytes of the message of an Arrow stream that begins at ``offset``; 0: none does, or its beginning is cut off.
 
     Arrow's encapsulated message format: four bytes 0xff, the size of the metadata (int32), the metadata, the body. The
     metadata are a flatbuffer whose root table has the size of the body (int64) as its fourth field.
     """
-    head = os.pread(file.fileno(), 1024, offset)
+    head = _read(file, offset, 1024)
     if len(head) < 8 or head[:4] != b"\xff\xff\xff\xff":
         return 0
     (length,) = struct.unpack_from("<i", head, 4)
-    metadata = head[8 : 8 + length] if 8 + length <= len(head) else os.pread(file.fileno(), length, offset + 8)
+    metadata = head[8 : 8 + length] if 8 + length <= len(head) else _read(file, offset + 8, length)
     if length <= 0 or len(metadata) < length:  # the end mark has none
         return 0
     (table,) = struct.unpack_from("<I", metadata)

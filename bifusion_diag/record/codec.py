@@ -59,9 +59,15 @@ def pack_floats(values: Floats, missing: NDArray[np.bool_]) -> Any:
         return []
     same = missing.all() or (not missing.any() and (np.isnan(values).all() or (values == values[0]).all()))
     count = 1 if same else len(values)
-    texts = pa.array(values[:count].astype(np.float32)).cast(pa.string()).to_pylist()  # shortest exact decimals
-    packed = [None if gone else encode_float(float(text)) for text, gone in zip(texts, missing[:count], strict=True)]
+    packed = [
+        None if gone else encode_float(number) for number, gone in zip(shortest(values[:count]), missing, strict=False)
+    ]
     return packed[0] if same else packed
+
+
+def shortest(values: Floats) -> list[float]:
+    """Floats of float32 precision as numbers whose decimals are the shortest ones that are exact in it."""
+    return [float(text) for text in pa.array(values.astype(np.float32)).cast(pa.string()).to_pylist()]
 
 
 def unpack_floats(packed: Any, count: int) -> tuple[Floats, NDArray[np.bool_]]:

@@ -141,10 +141,11 @@ def _grid_from(document: dict[str, Any]) -> tuple[Ints, Ints, Ints, bool]:
 
 
 def _series_to(series: Series, grids: Grids, tables: list[dict[str, Any]]) -> dict[str, Any]:
-    stats = {key: value if value is None else codec.encode(value) for key, value in vars(series.stats).items()}
-    document = {"unit": series.unit, "grid": _grid_of(series, grids, tables), "stats": stats}
+    document = {"unit": series.unit, "grid": _grid_of(series, grids, tables), "stats": _stats_to(series.stats)}
     if series.exact:
         return document | {"value": codec.pack_floats(series.value, series.missing > 0)}
+    if len(series.steps) == 1:  # the statistics are its only bucket
+        return document
     empty = np.isnan(series.min)
     return document | {
         "value": codec.pack_floats(series.value, empty),
@@ -157,7 +158,9 @@ def _series_to(series: Series, grids: Grids, tables: list[dict[str, Any]]) -> di
 
 def _series_from(name: str, document: dict[str, Any], grids: list[tuple[Ints, Ints, Ints, bool]]) -> Series:
     steps, last, rows, exact = grids[document["grid"]]
-    stats = SeriesStats(**{key: codec.decode(value) for key, value in document["stats"].items()})
+    stats = _stats_from(document["stats"])
+    if not exact and "value" not in document:
+        return _one_bucket(name, document["unit"], (steps, last, rows), stats)
     value, missing = codec.unpack_floats(document["value"], len(steps))
     if exact:
         return dataclasses.replace(Series.from_values(name, steps, value, missing, document["unit"]), stats=stats)
@@ -167,6 +170,31 @@ def _series_from(name: str, document: dict[str, Any], grids: list[tuple[Ints, In
     return Series(
         name, document["unit"], steps, last, rows, value, lowest, highest, nonfinite, gone, stats, exact=False
     )
+
+
+def _one_bucket(name: str, unit: str, grid: tuple[Ints, Ints, Ints], stats: SeriesStats) -> Series:
+    """A series of which only statistics were kept: one bucket of all steps."""
+    if len(grid[0]) != 1:
+        raise ValueError(f"series {name} has no values")
+    numbers = [stats.mean, stats.min, stats.max]
+    value, lowest, highest = (np.array([np.nan if number is None else number]) for number in numbers)
+    nonfinite, gone = (np.array([number], np.int64) for number in (stats.nonfinite, stats.missing))
+    return Series(name, unit, *grid, value, lowest, highest, nonfinite, gone, stats, exact=False)
+
+
+def _stats_to(stats: SeriesStats) -> list[Any]:
+    """In the order of the fields: the counts and the first step, then the eight measured numbers."""
+    *counts, first, low, high, mean, p1, p5, p50, p95, p99 = dataclasses.astuple(stats)
+    numbers = [low, high, mean, p1, p5, p50, p95, p99]
+    return [*counts, first, *(numbers if low is None else codec.shortest(np.array(numbers)))]
+
+
+def _stats_from(document: Any) -> SeriesStats:
+    if isinstance(document, dict):  # schema version 1
+        return SeriesStats(**{key: codec.decode(value) for key, value in document.items()})
+    *counts, low, high, mean, p1, p5, p50, p95, p99 = document
+    numbers = [None if n is None else float(np.float32(n)) for n in (low, high, mean, p1, p5, p50, p95, p99)]
+    return SeriesStats(*counts, *numbers)
 
 
 def _histogram_to(histogram: Histogram) -> dict[str, Any]:

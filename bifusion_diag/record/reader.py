@@ -109,7 +109,7 @@ class RecordReader:
     def _survey(self, path: Path) -> list[Ints]:
         """Note what a file holds; returns the steps of its rows where they are rows of series."""
         with BlockFile(path) as file:
-            steps = [self._valid(path, block.steps) for block in file]
+            steps = [self._valid(path, block.steps) for block in file.blocks(np.zeros(0, np.int64))]
             if file.truncated:
                 self.truncated.append(path.name)
             if "names" in file.metadata:
@@ -147,12 +147,12 @@ class RecordReader:
             into = np.asarray([i for i, name in enumerate(names) if name in index], dtype=np.int64)
             take = np.asarray([index[names[i]] for i in into], dtype=np.int64)
             with BlockFile(path) as file:
-                for block in file:
+                for block in file.blocks(take):
                     rows = place[offset : offset + len(block.steps)]
                     kept = np.flatnonzero(rows >= 0)
                     target = rows[kept, None]
-                    values[target, into] = block.values[kept[:, None], take]
-                    missing[target, into] = block.missing[kept[:, None], take]
+                    values[target, into] = block.values[kept]
+                    missing[target, into] = block.missing[kept]
                     offset += len(block.steps)
         return values, missing
 

@@ -2,7 +2,8 @@
 
 R recorded steps are cut into K buckets of consecutive steps, each of which keeps the mean, the extremes and the counts
 of non-finite and missing values; statistics are taken over all R values. The loop's own scalars and the losses keep
-more buckets than the many series by module.
+more buckets than the many series by module. Of so many series that no buckets fit, only the statistics are kept, and of
+still more only the first; an event says so.
 """
 
 from __future__ import annotations
@@ -15,19 +16,20 @@ from numpy.typing import NDArray
 from bifusion_diag.record import codec
 from bifusion_diag.record.document import to_document
 from bifusion_diag.record.reader import RecordReader
-from bifusion_diag.record.schema import Floats, Histogram, Ints, Run, Series, SeriesStats
+from bifusion_diag.record.schema import Event, Floats, Histogram, Ints, Run, Series, SeriesStats
 
 MAX_BYTES = 5_000_000  # of run.json
 MAIN = ("loss/", "train/")
 MAIN_BYTES = 1_500_000  # budgets of the two kinds of series; the rest is for the header, events and histograms
 DETAIL_BYTES = 3_000_000
-EXACT_COST = 11  # bytes that a number takes on average
+EXACT_COST = 12  # bytes that a number takes on average
 BUCKET_COST = 3 * EXACT_COST + 4  # mean, min, max and two counts, which are mostly 0
+SERIES_COST = 150  # of a series without its name and buckets: mostly statistics
 MAX_BUCKETS = 2000  # more than a plot has pixels
 MAX_HISTOGRAM_BUCKETS = 300
 MAX_EVENTS = 1000
 MAX_STEP_RANGES = 4096
-GROUP_BYTES = 64_000_000  # of columns held in memory at once
+GROUP_BYTES = 16_000_000  # of columns held in memory at once
 
 
 def reduce_record(reader: RecordReader) -> tuple[Run, str]:
@@ -48,21 +50,29 @@ def reduce_record(reader: RecordReader) -> tuple[Run, str]:
 
 def _reduce(reader: RecordReader, shrink: float) -> Run:
     """One attempt. `shrink` scales every budget."""
-    main = [name for name in reader.names if name.startswith(MAIN)]
-    detail = [name for name in reader.names if not name.startswith(MAIN)]
+    names = _kept(reader.names, (MAIN_BYTES + DETAIL_BYTES) * shrink)
+    main = [name for name in names if name.startswith(MAIN)]
+    detail = [name for name in names if not name.startswith(MAIN)]
     series: dict[str, Series] = {}
-    for names, budget in ((main, MAIN_BYTES), (detail, DETAIL_BYTES)):
-        starts = _bucket_starts(len(reader.steps), int(budget * shrink / max(1, len(names))))
-        for one in _series(reader, names, starts):
+    spare = 0.0  # what the first kind leaves is the second one's
+    for part, budget in ((main, MAIN_BYTES), (detail, DETAIL_BYTES)):
+        room = budget * shrink + spare - sum(map(_fixed_cost, part))
+        starts = _bucket_starts(len(reader.steps), int(room / max(1, len(part))))
+        for one in _series(reader, part, starts):
             series[one.name] = one
+        cost = EXACT_COST if len(starts) == len(reader.steps) else BUCKET_COST
+        spare = room - len(part) * len(starts) * cost
     events = reader.events()
     keep = max(2, int(MAX_EVENTS * shrink)) // 2
     dropped = max(0, len(events) - 2 * keep)
     if dropped:  # the first ones tell the cause, the last ones the end
         events = [*events[:keep], *events[-keep:]]
+    if len(names) < len(reader.names):
+        message = f"{len(reader.names) - len(names)} of {len(reader.names)} series are only in the .record folder"
+        events.append(Event(None, "record", message))
     steps = reader.steps
     if len(codec.pack_steps(steps)) > MAX_STEP_RANGES:
-        steps = steps[_bucket_starts(len(steps), 0)]
+        steps = steps[np.arange(2) * (len(steps) - 1)]
     state = reader.state
     buckets = max(
         2, int(shrink * min(MAX_HISTOGRAM_BUCKETS, 8 * MAX_HISTOGRAM_BUCKETS / (len(reader.histogram_names) + 1)))
@@ -72,7 +82,7 @@ def _reduce(reader: RecordReader, shrink: float) -> Run:
         status=state.status,
         error=state.error,
         steps=steps,
-        all_series={name: series[name] for name in reader.names},
+        all_series={name: series[name] for name in names},
         histograms={name: _histogram(reader, name, buckets) for name in reader.histogram_names},
         events=events,
         measures=state.measures,
@@ -80,11 +90,22 @@ def _reduce(reader: RecordReader, shrink: float) -> Run:
     )
 
 
+def _fixed_cost(name: str) -> int:
+    return len(name) + SERIES_COST
+
+
+def _kept(names: Sequence[str], room: float) -> list[str]:
+    """The names whose statistics fit, in their order; the losses and the loop's scalars come before others."""
+    by_rank = sorted(names, key=lambda name: not name.startswith(MAIN))
+    kept = set(by_rank[: int(np.searchsorted(np.cumsum([_fixed_cost(name) for name in by_rank]), room, side="right"))])
+    return [name for name in names if name in kept]
+
+
 def _bucket_starts(rows: int, bytes_each: int) -> Ints:
-    """First row of every bucket: all rows where the exact series fits into its bytes."""
-    if rows * EXACT_COST <= bytes_each or rows <= 2:
+    """First row of every bucket: all rows where the exact series fits into its bytes, one bucket where no two fit."""
+    if rows * EXACT_COST <= bytes_each:
         return np.arange(rows, dtype=np.int64)
-    buckets = min(MAX_BUCKETS, max(2, bytes_each // BUCKET_COST), rows)
+    buckets = min(MAX_BUCKETS, max(1, bytes_each // BUCKET_COST), rows)
     return np.arange(buckets, dtype=np.int64) * rows // buckets
 
 
@@ -95,37 +116,34 @@ def _series(reader: RecordReader, names: Sequence[str], starts: Ints) -> Iterato
     for begin in range(0, len(names), group):
         part = names[begin : begin + group]
         values, missing = reader.columns(part)
-        for i, name in enumerate(part):
-            yield _one_series(reader, name, values[:, i].astype(np.float64), missing[:, i], starts)
+        yield from _reduced(reader, part, values.astype(np.float64), missing, starts)
 
 
-def _one_series(reader: RecordReader, name: str, values: Floats, missing: NDArray[np.bool_], starts: Ints) -> Series:
-    steps, unit = reader.steps, reader.state.header.unit(name)
+def _reduced(
+    reader: RecordReader, names: Sequence[str], values: Floats, missing: NDArray[np.bool_], starts: Ints
+) -> Iterator[Series]:
+    """C series of R steps: values (R, C), missing (R, C)."""
+    steps, units = reader.steps, [reader.state.header.unit(name) for name in names]
     rows = len(steps)
+    all_stats = SeriesStats.of_columns(steps, values, missing)
     if len(starts) == rows:
-        return Series.from_values(name, steps, values, missing, unit)
+        for i, name in enumerate(names):
+            yield Series.from_values(name, steps, values[:, i], missing[:, i], units[i], all_stats[i])
+        return
     finite = np.isfinite(values)
     count = np.add.reduceat(finite, starts, dtype=np.int64)
     gone = np.add.reduceat(missing, starts, dtype=np.int64)
     total = np.add.reduceat(np.where(finite, values, 0.0), starts)
-    mean = np.divide(total, count, out=np.full(len(starts), np.nan), where=count > 0)
-    lowest = np.minimum.reduceat(np.where(finite, values, np.inf), starts)
-    highest = np.maximum.reduceat(np.where(finite, values, -np.inf), starts)
+    nothing = np.full(count.shape, np.nan)
+    mean = np.divide(total, count, out=nothing.copy(), where=count > 0).astype(np.float32).astype(np.float64)
+    lowest = np.where(count > 0, np.minimum.reduceat(np.where(finite, values, np.inf), starts), nothing)
+    highest = np.where(count > 0, np.maximum.reduceat(np.where(finite, values, -np.inf), starts), nothing)
     ends = np.append(starts[1:], rows)
-    return Series(
-        name=name,
-        unit=unit,
-        steps=steps[starts],
-        last=steps[ends - 1],
-        rows=ends - starts,
-        value=mean.astype(np.float32).astype(np.float64),
-        min=np.where(count > 0, lowest, np.nan),
-        max=np.where(count > 0, highest, np.nan),
-        nonfinite=ends - starts - count - gone,
-        missing=gone,
-        stats=SeriesStats.of(steps, values, missing),
-        exact=False,
-    )
+    bad = (ends - starts)[:, None] - count - gone
+    first, last = steps[starts], steps[ends - 1]
+    by_series = (np.ascontiguousarray(table.T) for table in (mean, lowest, highest, bad, gone))
+    for name, unit, stats, *columns in zip(names, units, all_stats, *by_series, strict=True):
+        yield Series(name, unit, first, last, ends - starts, *columns, stats=stats, exact=False)
 
 
 def _histogram(reader: RecordReader, name: str, buckets: int) -> Histogram:

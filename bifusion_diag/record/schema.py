@@ -160,7 +160,13 @@ class Series:
 
     @classmethod
     def from_values(
-        cls, name: str, steps: ArrayLike, values: ArrayLike, missing: ArrayLike | None = None, unit: str = ""
+        cls,
+        name: str,
+        steps: ArrayLike,
+        values: ArrayLike,
+        missing: ArrayLike | None = None,
+        unit: str = "",
+        stats: SeriesStats | None = None,
     ) -> Series:
         """An exact series.
 
@@ -170,6 +176,7 @@ class Series:
             values: (K,) values, stored with float32 precision; entries that are missing are ignored.
             missing: (K,) bool, True where there is no value. None: every value is there.
             unit: of the values.
+            stats: where they are known.
         """
         step = np.asarray(steps, dtype=np.int64)
         value = np.asarray(values, dtype=np.float32).astype(np.float64)
@@ -177,7 +184,7 @@ class Series:
         value = np.where(gone, np.nan, value)
         finite = np.where(np.isfinite(value), value, np.nan)
         bad = (~np.isfinite(value) & ~gone).astype(np.int64)
-        stats = SeriesStats.of(step, value, gone)
+        stats = SeriesStats.of(step, value, gone) if stats is None else stats
         ones = np.ones(step.shape, np.int64)
         return cls(name, unit, step, step, ones, value, finite, finite, bad, gone.astype(np.int64), stats, exact=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jsonschema
@@ -12,10 +13,12 @@ import numpy as np
 import pytest
 
 import bifusion_diag.record
+from benchmarks.process import peak_growth
 from bifusion_diag.errors import UserError
 from bifusion_diag.record import ModuleInfo, RecordError, RecordReader, RunHeader, RunWriter, load_run, resolve_run
 from bifusion_diag.record.codec import pack_steps, unpack_steps
 from bifusion_diag.record.document import to_document
+from bifusion_diag.record.reduce import reduce_record
 
 SCHEMA = json.loads((Path(bifusion_diag.record.__file__).parent / "run.schema.json").read_text(encoding="utf-8"))
 
@@ -157,6 +160,48 @@ def test_a_thousand_series_stay_within_five_megabytes(tmp_path: Path) -> None:
     assert main is not None
     assert detail is not None
     assert len(main.steps) > 500 > len(detail.steps) > 30
+
+
+@pytest.mark.parametrize(("count", "steps", "kept"), [(20_000, 200, 20_000), (30_000, 3, 20_000)])
+def test_any_number_of_series_fits(tmp_path: Path, count: int, steps: int, kept: int) -> None:
+    """First the buckets go, then, of twice as many as fit, the last series; what is kept is true."""
+    path = tmp_path / "run.json"
+    names = [*(f"grads/encoder.layers.{i}.self_attn.qkv/param_norm" for i in range(count - 1)), "loss/total"]
+    rng = np.random.default_rng(0)
+    values = (10.0 ** rng.uniform(-6, 2, count) * rng.lognormal(0, 0.3, (steps, count))).astype("f4")
+    missing = np.zeros(values.shape, bool)
+    values[1, 5], values[2, 5], missing[1, 7] = np.nan, np.inf, True
+    with RunWriter(path, header()) as writer:
+        for begin in range(0, steps, 32):
+            rows = np.arange(begin, min(begin + 32, steps))
+            writer.append_block(rows, names, values[rows], missing[rows])
+        writer.flush()
+        began = time.process_time()
+        writer.finish("completed")
+        assert time.process_time() - began < 10
+    assert path.stat().st_size <= 5_000_000
+    assert peak_growth(lambda: reduce_record(RecordReader(writer.folder))) < 250e6  # the numbers alone are 16 MB
+    document = json.loads(path.read_text(encoding="utf-8"))
+    document["series"] = {name: document["series"][name] for name in (*names[:20], names[-1])}
+    jsonschema.Draft202012Validator(SCHEMA).validate(document)
+    run = load_run(path)
+    assert kept <= len(run.names()) <= count
+    assert "loss/total" in run.names()
+    for place in (0, 5, 7, 11_111, count - 1):
+        series = run.series(names[place])
+        assert series is not None
+        column = values[:, place][~missing[:, place]].astype("f8")
+        good = column[np.isfinite(column)]
+        stats = series.stats
+        bad = len(column) - len(good)
+        assert (stats.count, stats.missing, stats.nonfinite) == (len(column), missing[:, place].sum(), bad)
+        expected = [good.min(), good.max(), good.mean(), *np.percentile(good, [1, 5, 50, 95, 99])]
+        found = [stats.min, stats.max, stats.mean, stats.p1, stats.p5, stats.p50, stats.p95, stats.p99]
+        np.testing.assert_allclose(found, expected, rtol=1e-6)  # float32
+        assert (series.rows.sum(), series.min.min(), series.max.max()) == (steps, good.min(), good.max())
+    told = [event.message for event in run.events]
+    lost = count - len(run.names())
+    assert told == ([f"{lost} of {count} series are only in the .record folder"] if lost else [])
 
 
 def test_huge_events_also_fit(tmp_path: Path) -> None:
@@ -360,7 +405,7 @@ def test_bad_files_say_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match=r"not valid JSON.*truncated or damaged"):
         load_run(damage(bad, text[: len(text) // 2]))
     with pytest.raises(RecordError, match="not valid JSON"):
-        load_run(damage(bad, text.replace('"mean":1.0', '"mean":NaN')))
+        load_run(damage(bad, text.replace("null,1.0", "null,NaN")))
     with pytest.raises(RecordError, match="not a run record"):
         load_run(damage(bad, "[1, 2]"))
     with pytest.raises(RecordError, match=r"schema version 3\.0.*reads 2\.x.*Update"):
