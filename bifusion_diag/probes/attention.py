@@ -5,6 +5,7 @@ Legend: B batch · H heads · L queries · S keys · E width · d width of a hea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -21,11 +22,28 @@ TOLD_ROWS = 1024  # rows that are read of logits or weights that a module return
 MHA_ARGUMENTS = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask")
 QKV_PARTS = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
 
-_SAMPLE = f"of {ROWS} evenly spaced rows (a query in a head) of the first batch element, every head alike"
+TURNS = 4  # steps in which every module has its turn to be sampled
+
+_SAMPLE = (
+    f"of {ROWS} evenly spaced rows (a query in a head) of the first batch element, every head alike, in the first call "
+    f"of every {TURNS}th step"
+)
 
 
-class _Attention(NamedTuple):
-    """One call."""
+class _Masks(NamedTuple):
+    """What hides keys in one call."""
+
+    batch: int
+    queries: int
+    keys: int
+    hidden: Tensor | None  # (1 or B, 1 or H, 1 or L, S) bool, True = not seen
+    added: Tensor | None  # the same shape: what is added to the logits
+    padded: Tensor | None  # (B, S) bool, True = not seen by any query
+    causal: bool
+
+
+class _Projections(NamedTuple):
+    """What logits are made of."""
 
     queries: Tensor  # (L, E) of the first batch element
     keys: Tensor  # (S, E) of the same
@@ -35,17 +53,13 @@ class _Attention(NamedTuple):
     key_bias: Tensor | None
     heads: int
     scale: float
-    batch: int
-    hidden: Tensor | None  # (1 or B, 1 or H, 1 or L, S) bool, True = not seen
-    added: Tensor | None  # the same shape: what is added to the logits
-    padded: Tensor | None  # (B, S) bool, True = not seen by any query
-    causal: bool
 
 
 class AttentionProbe(ModuleProbe):
     """Watches nn.MultiheadAttention (so nn.Transformer's layers, OpenCLIP's, torchvision's), and modules with a linear
     ``qkv`` and ``num_heads`` that do nothing else to queries and keys (timm's ViT, DINO's). Queries and keys of the
-    sampled rows are projected again in float32: exact for these rows but for rounding, and less than 0.3 % of a layer.
+    sampled rows are projected again in float32: exact for these rows but for rounding. Modules take turns in being
+    sampled; rows that a mask hides are counted in every call.
 
     Left out are modules with ``bias_k`` or ``add_zero_attn``, norms or rotations between projection and logits, or
     other parameters such as a position bias; and the rows of sharded weights.
@@ -93,18 +107,51 @@ class AttentionProbe(ModuleProbe):
                 raise UserError(f"attention reads no field {field!r}.{near_matches(field, self.FIELDS)}")
         if self.places and len({"logits", "weights"} & set(self.places)) != 1:
             raise UserError("attention: tell in `fields` where one of 'logits' and 'weights' is")
+        self._turn = -1
+        self._slots: dict[str, int] = {}  # by module: in which of the TURNS it is sampled
+        self._none: dict[torch.device, Tensor] = {}
 
     def watches(self, name: str, module: nn.Module) -> bool:
         return matches(name, self.modules) and (bool(self.places) or _is_mha(module) or _is_qkv(module))
+
+    def begin(self) -> None:
+        super().begin()
+        self._turn += 1
+        self._sampled: set[str] = set()
 
     def seen(self, call: Call) -> None:
         if self.places:
             self._of_fields(call)
             return
-        found = _of_mha(call) if isinstance(call.module, nn.MultiheadAttention) else _of_qkv(call)
-        if found is None or not len(found.queries) or not len(found.keys):
+        is_mha = isinstance(call.module, nn.MultiheadAttention)
+        given = _arguments(call)
+        masks = _masks_of_mha(call.module, given) if is_mha else _masks_of_qkv(call, given)
+        if masks is None or not masks.queries or not masks.keys:
             return
-        self.record(call.name, torch.stack([_masked_rows(found).float(), *_summary(*_sampled(found))]))
+        self.record(call.name, self._masked_rows(masks, given), ("masked_rows",))
+        slot = self._slots.setdefault(call.name, len(self._slots))
+        if (self._turn - slot) % TURNS or call.name in self._sampled:
+            return
+        parts = _parts_of_mha(call.module, given) if is_mha else _parts_of_qkv(call.module, given)
+        if parts is None:
+            return
+        self._sampled.add(call.name)
+        device = parts.queries.device.type
+        if torch.is_autocast_enabled(device):  # it would round what is computed again
+            with torch.autocast(device, enabled=False):
+                numbers = _summary(*_logits(parts, masks))
+        else:
+            numbers = _summary(*_logits(parts, masks))
+        self.record(call.name, torch.stack(numbers), ("entropy", "max_logit"))
+
+    def _masked_rows(self, masks: _Masks, given: Mapping[str, Any]) -> Tensor:
+        """Queries without a key, (1,)."""
+        if masks.hidden is not None or masks.padded is not None:
+            return _masked_rows(masks).float().view(1)
+        device = given["query"].device
+        if device not in self._none:
+            self._none[device] = torch.zeros(1, device=device)
+        return self._none[device]
 
     def _of_fields(self, call: Call) -> None:
         told = {field: get_field(call.output, place) for field, place in self.places.items()}
@@ -130,7 +177,8 @@ class AttentionProbe(ModuleProbe):
         if kind == "logits":
             numbers["entropy"], numbers["max_logit"] = _summary(sample, hidden)
         else:
-            numbers["entropy"] = _entropy(torch.special.entr(sample).sum(-1), sample, hidden)
+            terms = -torch.special.entr(sample)
+            numbers["entropy"] = terms.sum() / _most(sample) if hidden is None else _entropy(terms, hidden)
         self.record(call.name, torch.stack([value.float() for value in numbers.values()]), tuple(numbers))
 
 
@@ -148,144 +196,164 @@ def _is_qkv(module: nn.Module) -> bool:
     return parts.keys() <= QKV_PARTS and not module._parameters and not qkv.out_features % (3 * heads)
 
 
-def _of_mha(call: Call) -> _Attention | None:
-    module = call.module
-    assert isinstance(module, nn.MultiheadAttention)
-    given: dict[str, Any] = dict(zip(MHA_ARGUMENTS, call.inputs, strict=False)) | dict(call.keywords)
-    query, key, mask, padded = given["query"], given["key"], given.get("attn_mask"), given.get("key_padding_mask")
-    same = module._qkv_same_embed_dim
-    width = module.embed_dim
-    query_weight = module.in_proj_weight[:width] if same else module.q_proj_weight
-    key_weight = module.in_proj_weight[width : 2 * width] if same else module.k_proj_weight
-    if query.is_nested or not query.numel() or _is_sharded(module.in_proj_weight if same else module.q_proj_weight):
+def _arguments(call: Call) -> dict[str, Any]:
+    """A call's arguments by name."""
+    names = MHA_ARGUMENTS if isinstance(call.module, nn.MultiheadAttention) else ("query",)
+    return {**dict(zip(names, call.inputs, strict=False)), **call.keywords}
+
+
+def _masks_of_mha(module: Any, given: Mapping[str, Any]) -> _Masks | None:
+    query, key, mask, padded = (given.get(name) for name in ("query", "key", "attn_mask", "key_padding_mask"))
+    if not isinstance(query, Tensor) or not isinstance(key, Tensor) or query.is_nested:
         return None
-    bias = module.in_proj_bias
-    batched, heads = query.dim() == 3, module.num_heads
-    size = query.shape[0 if module.batch_first else 1] if batched else 1
-    if batched:
-        query, key = (x[0] if module.batch_first else x[:, 0] for x in (query, key))
+    batched, along = query.dim() == 3, 1 if module.batch_first else 0
     if mask is not None:
-        mask = mask.detach().unflatten(0, (-1, heads)) if mask.dim() == 3 else mask.detach()[None, None]
-    if padded is not None:
-        padded = _hides(padded.detach()).view(size, -1)
-    return _Attention(
-        queries=query.detach(),
-        keys=key.detach(),
-        query_weight=query_weight,
-        key_weight=key_weight,
-        query_bias=None if bias is None else bias[:width],
-        key_bias=None if bias is None else bias[width : 2 * width],
-        heads=heads,
-        scale=module.head_dim**-0.5,
-        batch=size,
+        mask = mask.unflatten(0, (-1, module.num_heads)) if mask.dim() == 3 else mask[None, None]
+    batch = query.shape[1 - along] if batched else 1
+    return _Masks(
+        batch=batch,
+        queries=query.shape[along] if batched else len(query),
+        keys=key.shape[along] if batched else len(key),
         hidden=None if mask is None else _hides(mask),
         added=mask if mask is not None and mask.is_floating_point() else None,
-        padded=padded,
-        causal=False,  # a hint only: the mask says it too
+        padded=None if padded is None else _hides(padded).view(batch, -1),
+        causal=False,  # is_causal is a hint only: the mask says it too
     )
 
 
-def _of_qkv(call: Call) -> _Attention | None:
-    module = call.module
-    qkv: Any = module.qkv
-    mask = call.keywords.get("attn_mask")
-    others = [value for name, value in call.keywords.items() if name not in ("attn_mask", "is_causal")]
-    x = call.inputs[0] if len(call.inputs) == 1 else None
-    if (
-        not isinstance(x, Tensor)
-        or x.dim() != 3
-        or not len(x)
-        or _is_sharded(qkv.weight)
-        or any(o is not None for o in others)
-    ):
+def _parts_of_mha(module: Any, given: Mapping[str, Any]) -> _Projections | None:
+    query, key, width = given["query"], given["key"], module.embed_dim
+    if query.dim() == 3:
+        query, key = (x[0] if module.batch_first else x[:, 0] for x in (query, key))
+    together = module._qkv_same_embed_dim
+    if _is_sharded(module.in_proj_weight if together else module.q_proj_weight):
         return None
-    heads: Any = module.num_heads
+    bias = module.in_proj_bias
+    return _Projections(
+        queries=query,
+        keys=key,
+        query_weight=module.in_proj_weight[:width] if together else module.q_proj_weight,
+        key_weight=module.in_proj_weight[width : 2 * width] if together else module.k_proj_weight,
+        query_bias=None if bias is None else bias[:width],
+        key_bias=None if bias is None else bias[width : 2 * width],
+        heads=module.num_heads,
+        scale=module.head_dim**-0.5,
+    )
+
+
+def _masks_of_qkv(call: Call, given: Mapping[str, Any]) -> _Masks | None:
+    x, mask = given.get("query"), given.get("attn_mask")
+    others = [value for name, value in call.keywords.items() if name not in ("attn_mask", "is_causal")]
+    if not isinstance(x, Tensor) or x.dim() != 3 or len(call.inputs) > 1 or any(o is not None for o in others):
+        return None
+    if mask is not None:
+        mask = mask[(None,) * (4 - mask.dim())]
+        mask = ~mask if mask.dtype == torch.bool else mask  # as scaled_dot_product_attention has it: True = seen
+    return _Masks(
+        batch=len(x),
+        queries=x.shape[1] * min(1, len(x)),
+        keys=x.shape[1],
+        hidden=None if mask is None else _hides(mask),
+        added=mask if mask is not None and mask.is_floating_point() else None,
+        padded=None,
+        causal=bool(given.get("is_causal")),
+    )
+
+
+def _parts_of_qkv(module: Any, given: Mapping[str, Any]) -> _Projections | None:
+    qkv, heads, x = module.qkv, module.num_heads, given["query"][0]
+    if _is_sharded(qkv.weight):
+        return None
     width = qkv.out_features // 3
     scale = getattr(module, "scale", None)
-    if mask is not None:
-        mask = mask.detach().view((1,) * (4 - mask.dim()) + tuple(mask.shape))
-        mask = ~mask if mask.dtype == torch.bool else mask  # as scaled_dot_product_attention has it: True = seen
-    return _Attention(
-        queries=x[0].detach(),
-        keys=x[0].detach(),
+    return _Projections(
+        queries=x,
+        keys=x,
         query_weight=qkv.weight[:width],
         key_weight=qkv.weight[width : 2 * width],
         query_bias=None if qkv.bias is None else qkv.bias[:width],
         key_bias=None if qkv.bias is None else qkv.bias[width : 2 * width],
         heads=heads,
         scale=scale if isinstance(scale, float) else (width // heads) ** -0.5,
-        batch=len(x),
-        hidden=None if mask is None else _hides(mask),
-        added=mask if mask is not None and mask.is_floating_point() else None,
-        padded=None,
-        causal=bool(call.keywords.get("is_causal")),
     )
 
 
-def _sampled(a: _Attention) -> tuple[Tensor, Tensor | None]:
+def _logits(parts: _Projections, masks: _Masks) -> tuple[Tensor, Tensor | None]:
     """Logits (R, S) float32 of the sampled rows, and which of the keys are hidden (R, S).
 
     Keys are not projected: q · (W k + b) = (Wᵀ q) · k + q · b, of which the left side costs a row and not a key each.
     """
-    heads, length = a.heads, len(a.queries)
+    heads, length = parts.heads, masks.queries
     each = -(-ROWS // heads)
-    places = torch.arange(heads * each, device=a.queries.device) * length // (heads * each)
-    rows = a.queries.index_select(0, places).float().view(heads, each, -1)
-    query = rows @ a.query_weight.detach().float().view(heads, -1, rows.shape[-1]).mT
-    if a.query_bias is not None:
-        query = query + a.query_bias.detach().float().view(heads, 1, -1)
-    turned = query @ a.key_weight.detach().float().view(heads, query.shape[-1], -1)
-    logits = turned.flatten(0, 1) @ a.keys.float().mT
-    if a.key_bias is not None:
-        logits = logits + (query @ a.key_bias.detach().float().view(heads, -1, 1)).view(-1, 1)
-    logits = logits * a.scale
+    number, step = heads * each, max(1, length // (heads * each))
+    device, places = parts.queries.device, None
+    if masks.hidden is not None or masks.causal or length < number:
+        places = torch.arange(number, device=device) * step % length
+    rows = parts.queries[: number * step : step] if places is None else parts.queries.index_select(0, places)
+    rows = rows.float().view(heads, each, -1)
+    query_weight = parts.query_weight.float().view(heads, -1, rows.shape[-1])
+    key_weight = parts.key_weight.float().view(heads, query_weight.shape[1], -1)
+    if parts.query_bias is None:
+        query = (rows @ query_weight.mT) * parts.scale
+    else:
+        bias = parts.query_bias.float().view(heads, 1, -1)
+        query = torch.baddbmm(bias, rows, query_weight.mT, beta=parts.scale, alpha=parts.scale)
+    turned, keys = (query @ key_weight).flatten(0, 1), parts.keys.float().mT
+    if parts.key_bias is None:
+        logits = turned @ keys
+    else:
+        offsets = (query @ parts.key_bias.float().view(heads, -1, 1)).flatten(0, 1)
+        logits = torch.addmm(offsets, turned, keys)
     hidden = None
-    if a.hidden is not None:
-        head = torch.arange(heads, device=places.device).repeat_interleave(each)
-        whole = (heads, length, len(a.keys))
-        hidden = a.hidden[0].expand(whole)[head, places]
-        if a.added is not None:
-            logits = logits + a.added[0].expand(whole)[head, places].float()
-    if a.causal:
-        hidden = torch.arange(len(a.keys), device=places.device) > places[:, None]
-    if a.padded is not None:
-        hidden = a.padded[0].expand_as(logits) if hidden is None else hidden | a.padded[0]
+    if masks.hidden is not None:
+        head = torch.arange(heads, device=device).repeat_interleave(each)
+        whole = (heads, length, masks.keys)
+        hidden = masks.hidden[0].expand(whole)[head, places]
+        if masks.added is not None:
+            logits = logits + masks.added[0].expand(whole)[head, places].float()
+    if places is not None and masks.causal:
+        hidden = torch.arange(masks.keys, device=device) > places[:, None]
+    if masks.padded is not None:
+        hidden = masks.padded[0].expand_as(logits) if hidden is None else hidden | masks.padded[0]
     return logits, hidden
 
 
 def _summary(logits: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
     """Entropy and largest magnitude, () each, of logits (R, S)."""
-    if hidden is None:
-        log_weights = logits.log_softmax(-1)
-        largest = logits.abs().amax()
-    else:
-        log_weights = logits.masked_fill(hidden, -torch.inf).log_softmax(-1)
-        largest = logits.masked_fill(hidden, 0.0).abs().amax()
+    seen = logits if hidden is None else logits.masked_fill(hidden, 0.0)
+    largest = torch.linalg.vector_norm(seen, torch.inf)
+    log_weights = (logits if hidden is None else logits.masked_fill(hidden, -torch.inf)).log_softmax(-1)
     weights = log_weights.exp()
-    terms = -weights * log_weights if hidden is None else -(weights * log_weights).masked_fill(hidden, 0.0)
-    return _entropy(terms.sum(-1), logits, hidden), largest
+    if hidden is None:
+        return torch.dot(weights.view(-1), log_weights.view(-1)) / _most(logits), largest
+    return _entropy((weights * log_weights).masked_fill(hidden, 0.0), hidden), largest
 
 
-def _entropy(entropies: Tensor, rows: Tensor, hidden: Tensor | None) -> Tensor:
-    """The mean (): of rows' entropies (R,), relative to that of equal weights; of rows that may see two keys."""
-    keys = rows.new_full((len(rows),), rows.shape[-1]) if hidden is None else (~hidden).sum(-1).float()
+def _entropy(terms: Tensor, hidden: Tensor) -> Tensor:
+    """Mean of −Σ terms over the rows (R, S) that may see two keys, relative to that of equal weights, ()."""
+    keys = (~hidden).sum(-1).float()
     counts = keys > 1
-    return torch.where(counts, entropies / keys.log(), 0.0).sum() / counts.sum()
+    return torch.where(counts, -terms.sum(-1) / keys.log(), 0.0).sum() / counts.sum()
 
 
-def _masked_rows(a: _Attention) -> Tensor:
+def _most(rows: Tensor) -> float:
+    """Minus the sum of the entropies of equal weights, of rows (R, S)."""
+    number, keys = rows.shape
+    return -number * math.log(keys) if keys > 1 else math.nan
+
+
+def _masked_rows(masks: _Masks) -> Tensor:
     """Queries without a key, ()."""
-    length = len(a.queries)
-    if a.padded is None:
-        if a.hidden is None:
-            return torch.zeros((), device=a.queries.device)
-        stands_for = (a.batch if len(a.hidden) == 1 else 1) * (length if a.hidden.shape[2] == 1 else 1)
-        return _hidden_rows(a.hidden) * stands_for
-    if a.hidden is None:
-        return _hidden_rows(a.padded) * length
-    if a.hidden.shape[:2] == (1, 1):  # without a mask for each batch element
-        return ((~a.hidden[0, 0]).float() @ (~a.padded).float().mT == 0).sum()
-    return _hidden_rows(a.hidden | a.padded[:, None, None])
+    hidden, padded = masks.hidden, masks.padded
+    if padded is None:
+        assert hidden is not None
+        stands_for = (masks.batch if len(hidden) == 1 else 1) * (masks.queries if hidden.shape[2] == 1 else 1)
+        return _hidden_rows(hidden) * stands_for
+    if hidden is None:
+        return _hidden_rows(padded) * masks.queries
+    if hidden.shape[:2] == (1, 1):  # without a mask for each batch element
+        return ((~hidden[0, 0]).float() @ (~padded).float().mT == 0).sum()
+    return _hidden_rows(hidden | padded[:, None, None])
 
 
 def _hidden_rows(hidden: Tensor) -> Tensor:

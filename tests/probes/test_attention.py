@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from bifusion_diag.errors import UserError
 from bifusion_diag.probes import AttentionProbe, Monitor
-from bifusion_diag.probes.attention import ROWS, TOLD_ROWS
+from bifusion_diag.probes.attention import ROWS, TOLD_ROWS, TURNS
 
 
 def measured(model: nn.Module, forward: Any, probe: AttentionProbe | str = "attention") -> dict[str, float | None]:
@@ -41,7 +41,8 @@ def summary(logits: np.ndarray, hidden: np.ndarray) -> dict[str, float | None]:
 def rows_of(heads: int, queries: int) -> list[tuple[int, int]]:
     """(head, query) of the sampled rows."""
     each = math.ceil(ROWS / heads)
-    return [(i // each, i * queries // (heads * each)) for i in range(heads * each)]
+    step = max(1, queries // (heads * each))
+    return [(i // each, i * step % queries) for i in range(heads * each)]
 
 
 def logits_of(q: np.ndarray, k: np.ndarray, heads: int) -> np.ndarray:
@@ -170,8 +171,8 @@ def test_extremes_of_entropy() -> None:
     assert row["attention/(root)/entropy"] < 1e-3  # type: ignore[operator]
 
 
-def test_calls_are_put_together_and_keywords_are_read() -> None:
-    module, twin = mha(batch_first=True), []
+def test_of_several_calls_all_masks_are_counted_and_the_first_is_sampled() -> None:
+    module = mha(batch_first=True)
     xs = [torch.randn(4, 24), torch.randn(7, 24)]
 
     def forward() -> None:
@@ -179,13 +180,11 @@ def test_calls_are_put_together_and_keywords_are_read() -> None:
             module(value=x, query=x, key=x, attn_mask=torch.ones(len(x), len(x), dtype=torch.bool).triu(0))
 
     row = measured(module, forward)
-    for x in xs:
-        logits, rows = attention_logits(module, x, x), rows_of(4, len(x))
-        hidden = np.triu(np.ones((len(x), len(x)), bool))
-        twin.append(summary(np.array([logits[h, q] for h, q in rows]), np.array([hidden[q] for _, q in rows])))
-    assert row["attention/(root)/masked_rows"] == 2  # the first query of each
-    assert row["attention/(root)/entropy"] == pytest.approx(np.mean([t["entropy"] for t in twin]), rel=1e-4)
-    assert row["attention/(root)/max_logit"] == pytest.approx(max(t["max_logit"] for t in twin), rel=1e-4)
+    logits, rows = attention_logits(module, xs[0], xs[0]), rows_of(4, 4)
+    hidden = np.triu(np.ones((4, 4), bool))
+    expected = summary(np.array([logits[h, q] for h, q in rows]), np.array([hidden[q] for _, q in rows]))
+    expected["masked_rows"] = 2.0  # the first query of each
+    assert row == pytest.approx({f"attention/(root)/{k}": v for k, v in expected.items()}, rel=1e-4)
 
 
 class Qkv(nn.Module):
@@ -261,8 +260,17 @@ def test_timms_own_attention() -> None:
 def test_the_layers_of_a_transformer_under_autocast() -> None:
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
     x = torch.randn(3, 6, 16)
-    plain = measured(model, lambda: model(x, is_causal=True, mask=nn.Transformer.generate_square_subsequent_mask(6)))
-    assert list(plain) == [f"attention/layers.{i}.self_attn/{k}" for k in AttentionProbe.TABLE for i in range(2)]
+    mask = nn.Transformer.generate_square_subsequent_mask(6)
+    sampled = []
+    with Monitor(model, probes=["attention"]) as monitor:
+        for _ in range(2 * TURNS):
+            with monitor.step():
+                model(x, mask=mask, is_causal=True)
+            monitor.end_step()
+            row = monitor.latest()
+            assert [row[f"attention/layers.{i}.self_attn/masked_rows"] for i in range(2)] == [0, 0]
+            sampled.append([row.get(f"attention/layers.{i}.self_attn/entropy") is not None for i in range(2)])
+    assert sampled == [[True, False], [False, True], *[[False, False]] * (TURNS - 2)] * 2
 
     def half() -> None:
         with torch.autocast("cpu", torch.bfloat16):
