@@ -112,7 +112,7 @@ def _instruments(
     terms = {"semantic": 0.2, "instance": 0.7, "clip_align": 0.1}
     for term, share in terms.items():
         columns[f"loss_gradients/{term}/share"] = share + 0.01 * rng.normal(size=steps.size)
-    for pair, cosine in (("semantic/instance", 0.4), ("semantic/clip_align", -0.3), ("instance/clip_align", 0.0)):
+    for pair, cosine in (("semantic/instance", 0.4), ("semantic/clip_align", -0.3), ("instance/clip_align", 0.1)):
         columns[f"loss_gradients/cosine/{pair}"] = cosine + 0.01 * rng.normal(size=steps.size)
     missing = {name: steps % 50 > 0 for name in columns if name.startswith("loss_gradients/")}
     for phase, seconds in {"data": 0.1, "forward": 0.3, "backward": 0.6, "update": 0.05, "step": 1.0}.items():

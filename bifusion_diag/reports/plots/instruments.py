@@ -28,6 +28,7 @@ from bifusion_diag.reports.svg import (
 )
 
 BINS = 200
+WINDOW = 21  # measured steps of a running median; of fewer than twice as many there is none
 PAIRS = 4  # of terms that are drawn; the measures have them all
 PHASES = (  # from the bottom: series, label, colour
     ("data", "between steps", CATEGORY[3]),
@@ -112,39 +113,46 @@ def draw_gradients(trace: Trace, name: str, *, colours: Mapping[str, str] | None
         _draw_curves(panels[0], {term: (series, colours[term]) for term, series in shares.items()})
         title(panels[0], "Share of the gradient")
         if worst:
-            pairs = {" / ".join(pair.split("/")): cosines[pair] for pair in worst}
+            pairs = {"\n/ ".join(pair.split("/")): cosines[pair] for pair in worst}
             places = {pair: CATEGORY[(place + 4) % len(CATEGORY)] for place, pair in enumerate(pairs)}
             panels[1].axhline(0, color=BASELINE, linewidth=0.8)
-            _draw_curves(panels[1], {pair: (series, places[pair]) for pair, series in pairs.items()})
+            _draw_curves(panels[1], {pair: (series, places[pair]) for pair, series in pairs.items()}, gap=0.22)
             title(panels[1], "Cosine between terms" + (f", the {PAIRS} smallest" if len(cosines) > PAIRS else ""))
         panels[-1].set_xlabel("step")
         told = ", ".join(f"{term} {text(series.stats.p50)}" for term, series in shares.items())
-        fights = [pair for pair, series in cosines.items() if (series.stats.p50 or 0.0) < 0]
-        against = f" Against each other at most steps: {', '.join(fights)}." if fights else ""
-        alt = f"Share of each loss term in the gradient of {trace.label}, medians: {told}.{against}"
+        against = [pair for pair in cosines if (cosines[pair].stats.p50 or 0.0) < 0]
+        fight = ""
+        if against:
+            smallest = f"{' and '.join(worst[0].split('/'))} ({text(cosines[worst[0]].stats.p50)})"
+            fight = (
+                f" The median cosine is below 0 for {len(against)} of {len(cosines)} pairs of terms, smallest for "
+                f"{smallest}: they pull in opposite directions."
+            )
+        alt = f"Share of each loss term in the gradient of {trace.label}, medians: {told}.{fight}"
         return Plot(
             name,
             f"Which term moves the shared weights, {trace.label}",
-            f"Norm of the weighted term's gradient on shared modules ÷ the sum of all. Medians: {told}.{against} "
-            "Below a cosine of 0, two terms pull in opposite directions.",
+            f"Norm of the weighted term's gradient on shared modules ÷ the sum of all. Medians: {told}.{fight}",
             alt,
             render(figure, name, alt),
             time_axis(panels[-1]),
         )
 
 
-def _draw_curves(axes: Axes, curves: Mapping[str, tuple[Series, str]]) -> None:
+def _draw_curves(axes: Axes, curves: Mapping[str, tuple[Series, str]], gap: float = 0.12) -> None:
     """Thin each measured step, bold the running median; steps that were not measured leave no gap."""
     labels = []
     for words, (series, colour) in curves.items():
         known = np.isfinite(series.value)
-        x = np.append(series.steps[known], series.last[known][-1:])  # a reduced series ends with its last bucket
-        y = np.append(series.value[known], series.value[known][-1:])
-        smooth = running_median(y)
+        x, y = series.steps[known], series.value[known]
+        if not series.exact:  # ends with its last bucket
+            x, y = np.append(x, series.last[known][-1:]), np.append(y, y[-1:])
+        few = x.size < 2 * WINDOW
+        smooth = y if few else running_median(y, WINDOW)
         axes.plot(*min_max(x, y), color=colour, linewidth=0.5, alpha=0.4)
-        axes.plot(*min_max(x, smooth), color=colour, linewidth=1.5, marker="." if x.size < 4 else None)
+        axes.plot(*min_max(x, smooth), color=colour, linewidth=1.5, marker="." if few else None)
         labels.append((words, _last(smooth), colour))
-    end_labels(axes, labels, gap=0.12)
+    end_labels(axes, labels, gap=gap)
 
 
 def draw_throughput(trace: Trace, name: str) -> Plot | None:
