@@ -29,8 +29,9 @@ class LossGradientsProbe(Probe):
 
     It costs, at each measured step, one extra backward pass from every term down to the chosen modules and no further;
     gradients, weights and random streams stay as they are. By default the module is chosen once, where two or more
-    terms are seen: of the modules with a weight matrix that the most terms reach, the one that runs last (GradNorm's
-    "last shared layer", Chen et al. 2018), so that the extra passes are short. It is chosen again when it freezes.
+    terms are seen, those among them whose weight is still 0: of the modules with a weight matrix that the most terms
+    reach, the one that runs last (GradNorm's "last shared layer", Chen et al. 2018), so that the extra passes are
+    short. It is chosen again when it freezes.
     :meth:`describe` says what was chosen.
 
     Terms are found as by `losses`; where a term's weight is not known it is taken as 1. A term that is not measured at
@@ -123,16 +124,17 @@ class LossGradientsProbe(Probe):
         loss, better = found
         if better:
             self._forget()
-        live = {name: term for name, term in loss.terms.items() if _counts(name, loss)}
+        with_graph = {name: term for name, term in loss.terms.items() if term.grad_fn is not None}
         for name in loss.terms:
             self._gradients.setdefault(name, None)
         if not self._parameters or call.name == TOLD or world_size() > 1:
-            self._paths |= {name: paths_from(term) for name, term in live.items()}
+            self._paths |= {name: paths_from(term) for name, term in with_graph.items()}
             if any(path.first_of_static_graph for path in self._paths.values()):
                 return  # DistributedDataParallel takes the first backward for the step's own
-            if len(live) > 1 or self._parameters:
+            if len(with_graph) > 1 or self._parameters:
                 self._choose()
-        if self._parameters and live:
+        live = {name: term for name, term in with_graph.items() if not _is_off(loss.weights.get(name))}
+        if live:
             self._measure(loss, live)
 
     def _choose(self) -> None:
@@ -254,10 +256,9 @@ def paths_from(term: Tensor) -> Paths:
     return Paths(uses, collective, static)
 
 
-def _counts(name: str, loss: LossTerms) -> bool:
-    """Whether a term has a gradient and takes part in the total."""
-    weight = loss.weights.get(name, 1.0)
-    return loss.terms[name].grad_fn is not None and (isinstance(weight, Tensor) or weight != 0)
+def _is_off(weight: float | Tensor | None) -> bool:
+    """Whether a weight is the number 0. That of a tensor is not looked at: it may be on the device."""
+    return not isinstance(weight, Tensor) and weight == 0
 
 
 def _flat(gradients: Sequence[Tensor | None], parameters: Sequence[nn.Parameter]) -> Tensor:

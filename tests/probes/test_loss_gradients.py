@@ -16,6 +16,7 @@ import torch.distributed as dist
 from probe_toys import Give, Loss
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from bifusion_diag.config import load_settings
@@ -269,6 +270,32 @@ def test_scaled_gradients_are_unscaled() -> None:
     assert present(row) == pytest.approx(twin(model, lambda m: weighted(m, x), ["trunk"]), rel=1e-4, abs=1e-5)
 
 
+class ExpForTanh(TorchFunctionMode):
+    """A model may change what functions of torch mean while it runs."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (torch.exp if function is torch.tanh else function)(*args, **(kwargs or {}))
+
+
+def test_what_is_run_again_means_the_same() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def body(self, x: Tensor) -> Tensor:
+            with ExpForTanh():
+                return torch.tanh(self.layer(x)).square()
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            y = checkpoint(self.body, x, use_reentrant=False)
+            return {"loss_a": y.mean(), "loss_b": y.std()}
+
+    model, x = Net(), torch.randn(4, 3)
+    row = measured(model, LossGradientsProbe(), lambda: sum(model(x).values()))
+    assert row == pytest.approx(twin(model, lambda other: other(x), ["layer"]), rel=1e-4)
+
+
 def test_the_module_is_the_last_that_most_terms_reach() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -293,6 +320,19 @@ def test_the_module_is_the_last_that_most_terms_reach() -> None:
             with monitor.step():
                 sum(model(x).values()).backward()
             assert probe.describe() == f"loss_gradients: measured on {expected}"
+
+
+def test_a_term_that_will_get_its_weight_later_counts_in_the_choice() -> None:
+    early, late = nn.Linear(3, 3), nn.Linear(3, 3)
+    model, probe = nn.Sequential(early, late), LossGradientsProbe(every=1)
+    with Monitor(model, probes=[probe]) as monitor:
+        for weight in (0.0, 1.0):
+            with monitor.step():
+                y = early(torch.ones(2, 3))
+                monitor.losses({"a": late(y).std(), "b": late(y).mean(), "c": y.mean()}, {"c": weight})
+            monitor.end_step()
+            assert probe.describe() == "loss_gradients: measured on 0"
+            assert (monitor.latest()["loss_gradients/c/norm"] is None) == (weight == 0)
 
 
 def test_nothing_to_compare() -> None:
