@@ -61,7 +61,8 @@ class TermFinder:
     1. what the loop tells: ``monitor.losses(terms, weights, total)``
     2. an output with ``terms`` (name → raw loss), ``weights`` (name → weight) and ``total``, of any module
     3. an output of the model that names its losses: scalars, or lists of scalars, which are summed, under keys that
-       contain "loss" (torchvision's detectors, OpenMMLab), or an object with a scalar ``.loss`` (Transformers), its
+       contain "loss" (torchvision's detectors, OpenMMLab), or under any keys where the output holds nothing but scalars
+       that require a gradient (torchvision's RetinaNet), or an object with a scalar ``.loss`` (Transformers), its
        other fields with "loss" in their names, and its ``loss_dict``. The total is ``loss`` or ``total_loss`` where
        the others are parts of it, and then their weights are the total's derivatives; else it is the sum of all
     4. loss modules inside the model (``torch.nn.CrossEntropyLoss`` and all of its kind; of nested ones the outer) that
@@ -151,10 +152,11 @@ class TermFinder:
         else:
             return None
         terms: dict[str, Tensor] = {}
+        only_losses = all(_is_scalar(value) and value.requires_grad for value in fields.values())
         for key, value in fields.items():
             inside = value.items() if key == "loss_dict" and isinstance(value, Mapping) else ((key, value),)
             for name, entry in inside:
-                if isinstance(name, str) and "loss" in name and (term := _summed(entry)) is not None:
+                if isinstance(name, str) and (only_losses or "loss" in name) and (term := _summed(entry)) is not None:
                     terms[name] = term
         whole = next((name for name in WHOLE if name in terms), None)
         if whole is not None and len(terms) > 1:
