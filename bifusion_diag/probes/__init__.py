@@ -10,6 +10,7 @@ from bifusion_diag.probes.gate import GateProbe
 from bifusion_diag.probes.grads import GradsProbe
 from bifusion_diag.probes.loss_gradients import LossGradientsProbe
 from bifusion_diag.probes.losses import LossesProbe
+from bifusion_diag.probes.matching import MatchingProbe
 from bifusion_diag.probes.monitor import Monitor
 from bifusion_diag.probes.normalize import NormalizeProbe
 from bifusion_diag.probes.projection import ProjectionProbe
@@ -28,6 +29,7 @@ __all__ = [
     "Key",
     "LossGradientsProbe",
     "LossesProbe",
+    "MatchingProbe",
     "Monitor",
     "NormalizeProbe",
     "Probe",

@@ -13,6 +13,7 @@ from bifusion_diag.probes.gate import GateProbe
 from bifusion_diag.probes.grads import GradsProbe
 from bifusion_diag.probes.loss_gradients import LossGradientsProbe
 from bifusion_diag.probes.losses import LossesProbe
+from bifusion_diag.probes.matching import MatchingProbe
 from bifusion_diag.probes.normalize import NormalizeProbe
 from bifusion_diag.probes.projection import ProjectionProbe
 from bifusion_diag.probes.throughput import ThroughputProbe
@@ -26,6 +27,7 @@ PROBES: dict[str, type[Probe]] = {
     "gate": GateProbe,
     "normalize": NormalizeProbe,
     "attention": AttentionProbe,
+    "matching": MatchingProbe,
     "data": DataProbe,
     "throughput": ThroughputProbe,
 }

@@ -119,6 +119,8 @@ class Loss(NamedTuple):
     total: Tensor
     terms: dict[str, Tensor]
     weights: dict[str, float]
+    matches: list[tuple[Tensor, Tensor]] | None = None
+    objects: list[int] | None = None
 
 
 class Give(nn.Module):

@@ -57,7 +57,8 @@ class Full(nn.Module):
         self.encoder(Encoded(f2d, x, view.valid, alpha))
         fused = fused + self.attention(fused, x, x)[0]
         terms = {"a": self.zoo(fused), "b": f2d.square().mean()}
-        return self.criterion(Loss(terms["a"] + 0.1 * terms["b"], terms, {"a": 1.0, "b": 0.1}))
+        pairs = torch.arange(2), torch.zeros(2, dtype=torch.long)
+        return self.criterion(Loss(terms["a"] + 0.1 * terms["b"], terms, {"a": 1.0, "b": 0.1}, [pairs], [3]))
 
 
 def header() -> RunHeader:
