@@ -136,13 +136,7 @@ class AttentionProbe(ModuleProbe):
         if parts is None:
             return
         self._sampled.add(call.name)
-        device = parts.queries.device.type
-        if torch.is_autocast_enabled(device):  # it would round what is computed again
-            with torch.autocast(device, enabled=False):
-                numbers = _summary(*_logits(parts, masks))
-        else:
-            numbers = _summary(*_logits(parts, masks))
-        self.record(call.name, torch.stack(numbers), ("entropy", "max_logit"))
+        self.record(call.name, torch.stack(_summary(*_logits(parts, masks))), ("entropy", "max_logit"))
 
     def _masked_rows(self, masks: _Masks, given: Mapping[str, Any]) -> Tensor:
         """Queries without a key, (1,)."""
