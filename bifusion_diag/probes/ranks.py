@@ -89,24 +89,37 @@ class Shards:
         self.any = bool(shared)
 
     def whole_norms(self, norms: Tensor, places: Sequence[int]) -> Tensor:
-        """L2 norms of this process's part of tensors → of the whole tensors, (k,) float64; the same on every rank.
+        """L2 norms of this process's part of tensors → of the whole tensors, (..., k) float64; the same on every rank.
 
         Args:
-            norms: (k,) float64.
+            norms: (..., k) float64; several rows are several quantities.
             places: k numbers of the parameters that the tensors belong to, each at most once. A parameter that is not
                 among them counts as zero here, whatever the other ranks have of it.
         """
         if not self.any:
             return norms
-        squares = torch.zeros(self._size, dtype=torch.float64, device=self._device)
+        return self._reduced(norms.square(), places, 0.0, dist.ReduceOp.SUM).sqrt()
+
+    def whole_max(self, values: Tensor, places: Sequence[int]) -> Tensor:
+        """Largest element of this process's part of tensors → of the whole tensors, as above; −inf where this process
+        has none. NaN on one rank is NaN on all."""
+        if not self.any:
+            return values
+        gone = values.isnan()
+        both = torch.stack([values.double().masked_fill(gone, -torch.inf), gone.double()])
+        most, gone = self._reduced(both, places, -torch.inf, dist.ReduceOp.MAX)
+        return most.masked_fill(gone > 0, torch.nan)
+
+    def _reduced(self, values: Tensor, places: Sequence[int], neutral: float, how: dist.ReduceOp.RedOpType) -> Tensor:
+        every = torch.full((*values.shape[:-1], self._size), neutral, dtype=torch.float64, device=self._device)
         here = self._constant(tuple(places))
-        squares[here] = norms.to(self._device).square()
+        every[..., here] = values.to(self._device, torch.float64)
         for groups, shared in self._groups:
-            part = squares[shared]
+            part = every[..., shared].contiguous()
             for group in groups:
-                dist.all_reduce(part, group=group)
-            squares[shared] = part
-        return squares[here].sqrt()
+                dist.all_reduce(part, how, group=group)
+            every[..., shared] = part
+        return every[..., here]
 
     def _constant(self, places: tuple[int, ...]) -> Tensor:
         """Numbers on the device. They are the same at most steps, so that they are seldom copied there."""
