@@ -13,6 +13,7 @@ from bifusion_diag.probes.losses import LossesProbe
 from bifusion_diag.probes.matching import MatchingProbe
 from bifusion_diag.probes.monitor import Monitor
 from bifusion_diag.probes.normalize import NormalizeProbe
+from bifusion_diag.probes.presets import expose, probe_preset
 from bifusion_diag.probes.projection import ProjectionProbe
 from bifusion_diag.probes.throughput import ThroughputProbe
 
@@ -38,5 +39,7 @@ __all__ = [
     "Schedule",
     "Subject",
     "ThroughputProbe",
+    "expose",
     "make_probes",
+    "probe_preset",
 ]
