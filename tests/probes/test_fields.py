@@ -10,7 +10,8 @@ import torch
 from probe_toys import Encoded, Gate, Give, View
 from torch import nn
 
-from bifusion_diag.probes import ClipProbe, GateProbe, Monitor, Probe
+from bifusion_diag.errors import UserError
+from bifusion_diag.probes import ClipProbe, GateProbe, Monitor, Probe, ProjectionProbe
 from bifusion_diag.probes.clip import QUANTILE_ELEMENTS
 from bifusion_diag.probes.gate import bin_counts
 
@@ -166,3 +167,92 @@ def test_calls_of_a_step_are_put_together() -> None:
     assert row["gate/mean"] == 1.0
     assert row["gate/nonfinite"] == 2
     assert (row["clip/tokens/min"], row["clip/tokens/max"], row["clip/tokens/nonfinite"]) == (0.5, 1.5, 4)
+
+
+class Own(nn.Module):
+    """A user's model, with the numbers of a step in places of its own."""
+
+    def __init__(self, outputs: dict[str, Any]) -> None:
+        super().__init__()
+        self.outputs = outputs
+        for name in outputs:
+            self.add_module(name, Give())
+
+    def forward(self) -> None:
+        for name, output in self.outputs.items():
+            getattr(self, name)(output)
+
+
+def own_row(probe: Probe, **outputs: Any) -> dict[str, float | None]:
+    model = Own(outputs)
+    with Monitor(model, probes=[probe]) as monitor:
+        with monitor.step():
+            model()
+        monitor.end_step()
+        return monitor.latest()
+
+
+ALPHA = torch.tensor([[0.25], [0.75], [0.5]])
+
+
+@pytest.mark.parametrize(
+    ("output", "place"),
+    [
+        (ALPHA, ""),
+        ((None, ALPHA), 1),
+        ((None, ALPHA), "1"),
+        ({"weight": ALPHA}, "weight"),
+        ({"aux": {"w": ALPHA}}, "aux.w"),
+        ({"aux.w": ALPHA}, "aux.w"),
+        ([{"w": (ALPHA,)}], "0.w.0"),
+        (Encoded(None, torch.zeros(1), None, alpha=ALPHA), "alpha"),
+        ({"stage": Encoded(None, torch.zeros(1), None, alpha=ALPHA)}, "stage.alpha"),
+    ],
+)
+def test_a_gate_of_ones_own(output: Any, place: str | int) -> None:
+    row = own_row(GateProbe(modules=["mine"], fields={"alpha": place}), other=output, mine=output)
+    assert row["gate/mean"] == pytest.approx(0.5)
+    assert row["gate/share_lt_0.05"] == 0.0
+    assert own_row(GateProbe(modules=["absent"], fields={"alpha": place}), mine=output) == {}
+    assert own_row(GateProbe(modules=["mine"], fields={"alpha": "nothing"}), mine=output) == {}
+
+
+def test_clip_features_of_ones_own() -> None:
+    tokens, head = torch.randn(2, 7, 8), torch.randn(3, 4)
+    f2d, f3d, valid = torch.randn(5, 4), torch.randn(5, 4), torch.tensor([True, True, False, True, False])
+    probe = ClipProbe(
+        head=["image.adapter"],
+        modules=["vit", "points"],
+        fields={"tokens": 0, "f2d": "image", "f3d": "cloud", "valid": "seen"},
+    )
+    model = nn.ModuleDict({"vit": Give(), "points": Give(), "image": nn.ModuleDict({"adapter": Give()})})
+    with Monitor(model, probes=[probe]) as monitor:
+        with monitor.step():
+            model["vit"]((tokens, None))
+            model["image"]["adapter"](head)
+            model["points"]({"image": f2d, "cloud": f3d, "seen": valid})
+        monitor.end_step()
+        row = monitor.latest()
+    expected = {"tokens": ranges(tokens.reshape(-1, 8).numpy()), "head": ranges(head.numpy())}
+    expected["points"] = ranges(f2d.numpy(), valid.numpy())
+    for where, numbers in expected.items():
+        for key, number in numbers.items():
+            assert row[f"clip/{where}/{key}"] == pytest.approx(number, rel=1e-5), (where, key)
+    ratio = expected["points"]["norm_mean"] / ranges(f3d.numpy(), valid.numpy())["norm_mean"]
+    assert row["clip/ratio_2d_3d"] == pytest.approx(ratio, rel=1e-5)
+    row = own_row(ClipProbe(modules=["vit"], fields={"tokens": ""}), vit=tokens)
+    assert row["clip/tokens/max"] == tokens.max().item()
+
+
+def test_a_projection_of_ones_own() -> None:
+    xyz, flags = torch.ones(4, 2, 3), [torch.rand(4, 2) < share for share in (0.8, 0.5, 0.3)]
+    plain = row_of("projection", [("x", View(xyz, *flags, flags[2].any(1)))])
+    places = {"camera_xyz": 0, "in_front": "1.front", "inside": "1.in", "visible": "1.seen", "valid": 2}
+    output = (xyz, {"front": flags[0], "in": flags[1], "seen": flags[2]}, flags[2].any(1))
+    assert own_row(ProjectionProbe(modules=["lift"], fields=places), lift=output) == plain
+    assert plain["projection/points"] == 4
+
+
+def test_fields_that_do_not_exist_are_explained() -> None:
+    with pytest.raises(UserError, match=r"gate reads no field 'alfa'\. Did you mean 'alpha'\?"):
+        GateProbe(fields={"alfa": 0})
