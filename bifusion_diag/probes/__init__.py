@@ -1,5 +1,6 @@
 """The instruments: the Monitor, the base of all probes, and one small file a probe. Knows PyTorch, knows no model."""
 
+from bifusion_diag.probes.activations import ActivationsProbe
 from bifusion_diag.probes.attention import AttentionProbe
 from bifusion_diag.probes.base import ROOT, Call, Probe, Reading, Schedule, Subject
 from bifusion_diag.probes.catalogue import PROBES, make_probes
@@ -16,10 +17,13 @@ from bifusion_diag.probes.normalize import NormalizeProbe
 from bifusion_diag.probes.presets import expose, probe_preset
 from bifusion_diag.probes.projection import ProjectionProbe
 from bifusion_diag.probes.throughput import ThroughputProbe
+from bifusion_diag.probes.updates import UpdatesProbe
+from bifusion_diag.probes.weights import WeightsProbe
 
 __all__ = [
     "PROBES",
     "ROOT",
+    "ActivationsProbe",
     "AttentionProbe",
     "Call",
     "ClipProbe",
@@ -39,6 +43,8 @@ __all__ = [
     "Schedule",
     "Subject",
     "ThroughputProbe",
+    "UpdatesProbe",
+    "WeightsProbe",
     "expose",
     "make_probes",
     "probe_preset",

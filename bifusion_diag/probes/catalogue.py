@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bifusion_diag.errors import UserError, near_matches
+from bifusion_diag.probes.activations import ActivationsProbe
 from bifusion_diag.probes.attention import AttentionProbe
 from bifusion_diag.probes.base import Probe
 from bifusion_diag.probes.clip import ClipProbe
@@ -17,9 +18,14 @@ from bifusion_diag.probes.matching import MatchingProbe
 from bifusion_diag.probes.normalize import NormalizeProbe
 from bifusion_diag.probes.projection import ProjectionProbe
 from bifusion_diag.probes.throughput import ThroughputProbe
+from bifusion_diag.probes.updates import UpdatesProbe
+from bifusion_diag.probes.weights import WeightsProbe
 
 PROBES: dict[str, type[Probe]] = {
     "grads": GradsProbe,
+    "activations": ActivationsProbe,
+    "weights": WeightsProbe,
+    "updates": UpdatesProbe,
     "losses": LossesProbe,
     "loss_gradients": LossGradientsProbe,
     "clip": ClipProbe,

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bifusion_diag.probes.base import ROOT, Probe, Reading, Schedule, Subject, matches
-from bifusion_diag.probes.modules import plain_name
-from bifusion_diag.probes.norms import l2_norm, l2_norms, to_float32
-from bifusion_diag.probes.ranks import Shards, local_part, world_size
+from bifusion_diag.probes.base import Probe, Reading, Schedule, Subject
+from bifusion_diag.probes.norms import Number, as_tensor, l2_norms, norm_of, to_float32
+from bifusion_diag.probes.owners import Slots, owners_of, watched_outputs
+from bifusion_diag.probes.ranks import Shards, world_size
 
 FROZEN, NO_GRADIENT, ZERO, FINITE, NONFINITE = range(5)  # state codes
 
@@ -52,31 +52,17 @@ class GradsProbe(Probe):
 
     def attach(self, subject: Subject) -> None:
         self._subject = subject
-        self._parameters: list[nn.Parameter] = []
-        self._owner: list[int] = []  # of each parameter: index among the owners
-        owners: list[str] = []
-        outputs: list[str] = []
-        for path, module in subject.model.named_modules():
-            name = plain_name(path)
-            own = [p for p in module._parameters.values() if p is not None]
-            if not matches(name, self.modules):
-                continue
-            if own:
-                self._parameters.extend(own)
-                self._owner.extend([len(owners)] * len(own))
-                owners.append(name)
-            if name in subject.modules and (own or (name != ROOT and name.count(".") <= 1)):
-                outputs.append(name)
-        self._owner_names = owners
-        self._shards = Shards(self._parameters)
+        self._owners = owners_of(subject.model, self.modules)
+        self._shards = Shards(self._owners.parameters)
         self._of_process = world_size() > 1 and not self._shards.any
-        self._watched = set(map(id, self._parameters)) if self._of_process else set[int]()
-        self._slot = {name: i for i, name in enumerate(dict.fromkeys(outputs))}
+        self._watched = set(map(id, self._owners.parameters)) if self._of_process else set[int]()
+        self._slot = {name: i for i, name in enumerate(watched_outputs(subject, self.modules))}
+        owners = self._owners.names
         self._param_names = tuple(f"{self.name}/{name}/param_norm" for name in owners)
         self._local_names = tuple(f"{self.name}/{name}/local_norm" for name in owners)
         self._state_names = tuple(f"{self.name}/{name}/state" for name in owners)
         self._output_names = tuple(f"{self.name}/{name}/output_norm" for name in self._slot)
-        self._constants: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+        self._summing = Slots()
         self.begin()
 
     def watches_gradient(self, name: str, module: nn.Module) -> bool:
@@ -86,45 +72,52 @@ class GradsProbe(Probe):
         return id(parameter) in self._watched
 
     def begin(self) -> None:
-        self._norms: list[Tensor] = []
+        self._norms: list[Number] = []
         self._slots: list[int] = []
-        self._local: dict[int, Tensor] = {}  # by the parameter's id
+        self._local: dict[int, Number] = {}  # by the parameter's id
         self._gradients: tuple[Tensor, list[int]] | None = None
         self._inverse_scale: Tensor | None = None
 
     def gradient(self, name: str, gradient: Tensor) -> None:
-        self._norms.append(l2_norm(gradient))
+        self._norms.append(norm_of(gradient))
         self._slots.append(self._slot[name])
 
     def local_gradient(self, parameter: nn.Parameter) -> None:
         if parameter.grad is not None:
-            self._local[id(parameter)] = l2_norm(parameter.grad)
+            self._local[id(parameter)] = norm_of(parameter.grad)
 
     def backward_ended(self) -> None:
         self._inverse_scale = self._subject.inverse_scale()
-        here = [(i, p.grad) for i, p in enumerate(self._parameters) if p.requires_grad and p.grad is not None]
-        self._gradients = l2_norms([local_part(gradient) for _, gradient in here]), [i for i, _ in here]
+        places: list[int] = []
+        gradients: list[Tensor] = []
+        for i, parameter in enumerate(self._owners.parameters):
+            if parameter.requires_grad and (gradient := parameter.grad) is not None:
+                places.append(i)
+                gradients.append(gradient)
+        self._gradients = l2_norms(gradients), places
 
     def collect(self) -> Iterator[Reading]:
         if self._gradients is None:  # no backward was noticed
             self.backward_ended()
-        if self._owner_names:
+        if self._owners.names:
             yield from self._of_parameters()
-        if self._owner_names and self._of_process:
-            yield self._of_this_process()
+            if self._of_process:
+                yield self._of_this_process()
         yield self._of_outputs()
 
     def _of_parameters(self) -> Iterator[Reading]:
         assert self._gradients is not None
         norms, places = self._gradients
-        state = np.full(len(self._owner_names), FROZEN)
-        for parameter, owner in zip(self._parameters, self._owner, strict=True):
-            if parameter.requires_grad:
-                state[owner] = max(state[owner], NO_GRADIENT)
-        slots = [self._owner[place] for place in places]
+        names, parameters, owners = self._owners
+        state = np.full(len(names), FROZEN)
+        state[[owner for parameter, owner in zip(parameters, owners, strict=True) if parameter.requires_grad]] = (
+            NO_GRADIENT
+        )
+        slots = [owners[place] for place in places]
         state[slots] = ZERO
-        norms = self._unscaled(self._summed(self._shards.whole_norms(norms, places), slots, len(state)))
-        here = self._constant(tuple(state.tolist()), norms.device)
+        whole = self._shards.whole_norms(norms, places)
+        norms = self._unscaled(self._summing.root_sum_squares(whole, slots, len(state)))
+        here = self._summing.constant(state.tolist(), norms.device)
         finite = torch.where(norms > 0, FINITE, ZERO)
         measured = torch.where(norms.isfinite(), finite, NONFINITE)
         states = torch.where(here == ZERO, measured, here)
@@ -132,33 +125,18 @@ class GradsProbe(Probe):
         yield Reading(self._state_names, states.float())
 
     def _of_this_process(self) -> Reading:
-        found = [(owner, self._local.get(id(p))) for p, owner in zip(self._parameters, self._owner, strict=True)]
-        here = [(owner, norm) for owner, norm in found if norm is not None]
-        return self._by_slot(self._local_names, [norm for _, norm in here], [owner for owner, _ in here])
+        here = [(self._local[id(p)], owner) for p, owner in zip(*self._owners[1:], strict=True) if id(p) in self._local]
+        return self._by_slot(self._local_names, [norm for norm, _ in here], [owner for _, owner in here])
 
     def _of_outputs(self) -> Reading:
         return self._by_slot(self._output_names, self._norms, self._slots)
 
-    def _by_slot(self, names: tuple[str, ...], norms: list[Tensor], slots: list[int]) -> Reading:
-        """The norms () of each slot put together; missing where a slot has none."""
+    def _by_slot(self, names: tuple[str, ...], norms: list[Number], slots: list[int]) -> Reading:
+        """The norms of each slot put together; missing where a slot has none."""
         missing = np.ones(len(names), bool)
         missing[slots] = False
-        stacked = torch.stack([norm.to(norms[0].device) for norm in norms]) if norms else torch.zeros(0).double()
-        return Reading(names, to_float32(self._unscaled(self._summed(stacked, slots, len(names)))), missing=missing)
+        summed = self._summing.root_sum_squares(as_tensor(norms), slots, len(names))
+        return Reading(names, to_float32(self._unscaled(summed)), missing=missing)
 
     def _unscaled(self, norms: Tensor) -> Tensor:
         return norms if self._inverse_scale is None else norms * self._inverse_scale.to(norms.device)
-
-    def _summed(self, norms: Tensor, slots: list[int], size: int) -> Tensor:
-        """Root of the sum of squares by slot: norms (n,) → (size,) float64."""
-        total = torch.zeros(size, dtype=torch.float64, device=norms.device)
-        return total.index_add_(0, self._constant(tuple(slots), norms.device), norms.square()).sqrt()
-
-    def _constant(self, values: tuple[int, ...], device: torch.device) -> Tensor:
-        """Integers on the device. They are the same at most steps, so that they are seldom copied there."""
-        key = (values, device)
-        if key not in self._constants:
-            if len(self._constants) > 64:
-                self._constants.clear()
-            self._constants[key] = torch.tensor(values, dtype=torch.int64, device=device)
-        return self._constants[key]

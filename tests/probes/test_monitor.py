@@ -46,6 +46,7 @@ class Full(nn.Module):
         self.spatial_head = nn.Linear(4, 4)
         self.attention = nn.MultiheadAttention(4, 2)
         self.zoo = Zoo()
+        self.squash = nn.Sigmoid()
 
     def forward(self, x: Tensor) -> Loss:
         tokens = self.tower({"tokens": x})["tokens"]
@@ -56,7 +57,7 @@ class Full(nn.Module):
         fused = self.gate(Gate(alpha * f2d + (1 - alpha) * x, alpha)).fused
         self.encoder(Encoded(f2d, x, view.valid, alpha))
         fused = fused + self.attention(fused, x, x)[0]
-        terms = {"a": self.zoo(fused), "b": f2d.square().mean()}
+        terms = {"a": self.zoo(fused), "b": self.squash(f2d).square().mean()}
         pairs = torch.arange(2), torch.zeros(2, dtype=torch.long)
         return self.criterion(Loss(terms["a"] + 0.1 * terms["b"], terms, {"a": 1.0, "b": 0.1}, [pairs], [3]))
 
@@ -72,17 +73,17 @@ def train(probes: list[str | Probe], steps: int, writer: RunWriter | None = None
     torch.manual_seed(3)
     model = Full()
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    with Monitor(model, probes=probes, writer=writer, block=3) as monitor:
+    with Monitor(model, optimiser, probes=probes, writer=writer, block=3) as monitor:
         for step in range(steps):
             x = torch.randn(8, 4)
             batch = {"x": x, "scenes": [x[:3], x[3:]], "labels": torch.arange(8) % 3 - 1}
             optimiser.zero_grad()
             with monitor.step(batch, step=step):
                 model(x).total.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+                norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+                optimiser.step()
             monitor.log("train/grad_norm", norm)
             monitor.log("train/lr", 1e-2)
-            optimiser.step()
     return {
         "weights": dict(model.state_dict()),
         "gradients": {name: p.grad for name, p in model.named_parameters()},

@@ -1,0 +1,92 @@
+"""Norms of the weights by module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from bifusion_diag.probes.base import Probe, Reading, Schedule, Subject
+from bifusion_diag.probes.norms import Number, as_tensor, count_nonfinite, norms_of, to_float32
+from bifusion_diag.probes.owners import Slots, owners_of
+from bifusion_diag.probes.ranks import Shards
+
+REFRESH = 64  # measurements after which a frozen parameter that looks unchanged is measured again
+
+
+class WeightsProbe(Probe):
+    """Weights as they are when the step begins, with which its first forward is computed.
+
+    A frozen parameter is measured again when PyTorch has counted a change of it, or its memory is another one; a change
+    that is not counted, such as through ``.data``, shows after 64 measurements at the latest. Of sharded parameters
+    (FSDP2) the numbers are of the whole.
+
+    Args:
+        modules: name patterns of the modules that are measured.
+    """
+
+    prefix = "weights"
+    KEYS: ClassVar[dict[str, str]] = {
+        "<module>/norm": "L2 norm of its own parameters",
+        "<module>/nonfinite": "NaN and infinite elements of its own parameters; on an accelerator, where counting "
+        "would cost a pass at every step, missing unless there are none",
+    }
+
+    def __init__(
+        self, *, modules: Sequence[str] = ("*",), name: str | None = None, every: int | Schedule | None = None
+    ) -> None:
+        super().__init__(name=name, every=every)
+        self.modules = tuple(modules)
+
+    def attach(self, subject: Subject) -> None:
+        self._owners = owners_of(subject.model, self.modules)
+        self._shards = Shards(self._owners.parameters)
+        count = len(self._owners.parameters)
+        self._norms: list[Number] = [0.0] * count
+        self._nonfinite = [0.0] * count  # where the norm is not finite
+        self._versions: list[tuple[int, int] | None] = [None] * count  # None: a lazy one without a shape yet
+        self._summing = Slots()
+        self._turn = 0
+        names = self._owners.names
+        self._norm_names = tuple(f"{self.name}/{name}/norm" for name in names)
+        self._nonfinite_names = tuple(f"{self.name}/{name}/nonfinite" for name in names)
+
+    def begin(self) -> None:
+        self._turn += 1
+        changed: list[int] = []
+        for i, parameter in enumerate(self._owners.parameters):
+            if is_lazy(parameter):
+                continue
+            version = parameter._version, parameter.data_ptr()
+            # A fused optimiser changes what learns without counting it.
+            if parameter.requires_grad or version != self._versions[i] or (self._turn + i) % REFRESH == 0:
+                self._versions[i] = version
+                changed.append(i)
+        measured = [self._owners.parameters[i].detach() for i in changed]
+        for i, x, norm in zip(changed, measured, norms_of(measured), strict=True):
+            self._norms[i] = norm
+            if isinstance(norm, Tensor):
+                self._nonfinite[i] = math.nan
+            elif not math.isfinite(norm):
+                self._nonfinite[i] = count_nonfinite(x).item()
+
+    def collect(self) -> Iterator[Reading]:
+        names, _, slots = self._owners
+        if not names:
+            return
+        norms, everywhere = as_tensor(self._norms), range(len(slots))
+        bad = self._summing.constant(self._nonfinite, norms.device, torch.float64)
+        counts = torch.where(norms.isfinite(), 0.0, bad)
+        norms = self._shards.whole_norms(norms, everywhere)
+        counts = self._shards.whole_norms(counts.sqrt(), everywhere).square().round()
+        missing = np.zeros(len(names), bool)
+        missing[[slot for slot, version in zip(slots, self._versions, strict=True) if version is None]] = True
+        yield Reading(self._norm_names, to_float32(self._summing.root_sum_squares(norms, slots, len(names))), missing)
+        nonfinite = to_float32(self._summing.sum(counts, slots, len(names)))
+        nonfinite[self._summing.constant(missing.nonzero()[0].tolist(), nonfinite.device)] = torch.nan
+        yield Reading(self._nonfinite_names, nonfinite, nan_is_missing=True)
