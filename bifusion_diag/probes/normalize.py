@@ -74,10 +74,10 @@ class NormalizeProbe(ModuleProbe):
         self._reciprocals: dict[tuple[float, torch.device], list[tuple[str, Tensor]]] = {}  # by ε: largest 1/√(σ² + ε)
 
     def seen(self, call: Call) -> None:
-        if matches(call.name, self.outputs):
+        if self.outputs and matches(call.name, self.outputs):
             for tensor in tensors_of(call.output):
                 self._smallest(call, _norms(tensor, self.dim))
-        elif matches(call.name, self.inputs):
+        elif self.inputs and matches(call.name, self.inputs):
             self._smallest(call, _norms(_first_input(call), self.dim))
         elif isinstance(call.output, Tensor) and _gradient_flows(call):
             self._of_module(call)
@@ -85,10 +85,14 @@ class NormalizeProbe(ModuleProbe):
     def collect(self) -> Iterator[Reading]:
         for (eps, _), calls in self._reciprocals.items():
             squares = torch.stack([reciprocal for _, reciprocal in calls]).double().square().reciprocal()
-            smallest = (squares - eps).clamp_min(0).sqrt().float().view(-1, 1)
-            for (module, _), value in zip(calls, smallest.unbind(), strict=True):
+            smallest = (squares - eps).clamp_min(0).sqrt().float()
+            modules = [module for module, _ in calls]
+            if len(set(modules)) == len(modules) and not any((m, tuple(self.TABLE)) in self._calls for m in modules):
+                yield Reading(tuple(f"{self.name}/{module}/smallest" for module in modules), smallest)
+                continue  # the common case: every module was called once
+            for module, value in zip(modules, smallest.view(-1, 1).unbind(), strict=True):
                 self.record(module, value)
-        return super().collect()
+        yield from super().collect()
 
     def _of_module(self, call: Call) -> None:
         """Measure a module that this probe knows."""
@@ -179,6 +183,8 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _first_input(call: Call) -> Tensor | None:
+    if call.inputs and type(call.inputs[0]) is Tensor:
+        return call.inputs[0]
     return next(tensors_of((call.inputs, call.keywords)), None)
 
 

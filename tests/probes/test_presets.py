@@ -10,6 +10,7 @@ import torch
 from probe_toys import Give
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bifusion_diag.config import load_settings
 from bifusion_diag.data import BatchLoader, open_source
@@ -212,6 +213,51 @@ def test_bifusion() -> None:
     assert {row[name] for name in rows} == {0.0}
     assert row["gate/mean"] is not None
     assert row["projection/points"] == len(batch.xyz)
+
+
+class Waits(TorchDispatchMode):
+    """Names the operations that would make the host wait for an accelerator; on CPU tensors they are the same."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "unique", "is_nonzero", "equal", "masked_select", "repeat_interleave")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        if any(name.startswith(waiting) for waiting in self.WAITING):
+            self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_nothing_waits_for_the_device() -> None:
+    model = Esam()
+    expose(model, "criterion.inst_criterion.matcher")
+    probes = [p for p in probe_preset("esam") if p.prefix in ("normalize", "attention", "matching")]
+    waits, calls = Waits(), 0
+
+    def counted(event: Any) -> Any:
+        def run(*args: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            with waits:
+                found = event(*args)
+                return None if found is None else list(found)
+
+        return run
+
+    for probe in probes:
+        probe.seen, probe.collect = counted(probe.seen), counted(probe.collect)  # type: ignore[method-assign]
+    with Monitor(model, probes=probes) as monitor:
+        for _ in range(4):
+            with monitor.step():
+                sum(model(torch.randn(2, 30, 3), [torch.zeros(3), torch.zeros(0)]).values()).backward()
+    assert calls > 50
+    assert waits.seen == []
+    with waits:
+        torch.ones(1).item()
+    assert waits.seen == ["aten._local_scalar_dense.default"]
 
 
 def test_every_probe_of_the_catalogue_is_in_every_preset() -> None:
