@@ -2,13 +2,13 @@
 
 R recorded steps are cut into K buckets of consecutive steps, each of which keeps the mean, the extremes and the counts
 of non-finite and missing values; statistics are taken over all R values. The loop's own scalars and the losses keep
-more buckets than the many series by module. Of so many series that no buckets fit, only the statistics are kept, and of
-still more only the first; an event says so.
+most buckets, what is of the whole model and what is charted by module fewer, and the many others by module fewest. Of
+so many series that no buckets fit, only the statistics are kept, and of still more only the first; an event says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +20,13 @@ from bifusion_diag.record.schema import Event, Floats, Histogram, Ints, Run, Ser
 
 MAX_BYTES = 5_000_000  # of run.json
 MAIN = ("loss/", "train/")
-MAIN_BYTES = 1_500_000  # budgets of the two kinds of series; the rest is for the header, events and histograms
-DETAIL_BYTES = 3_000_000
+CHARTED = (
+    "/param_norm",
+    "/state",
+    "/ratio",
+    "/nonfinite",
+)  # of the series by module, what reports draw or look through
+BYTES = (1_200_000, 800_000, 1_900_000, 1_100_000)  # of series by rank, should no series be constant
 EXACT_COST = 12  # bytes that a number takes on average
 BUCKET_COST = 3 * EXACT_COST + 4  # mean, min, max and two counts, which are mostly 0
 SERIES_COST = 150  # of a series without its name and buckets: mostly statistics
@@ -50,18 +55,19 @@ def reduce_record(reader: RecordReader) -> tuple[Run, str]:
 
 def _reduce(reader: RecordReader, shrink: float) -> Run:
     """One attempt. `shrink` scales every budget."""
-    names = _kept(reader.names, (MAIN_BYTES + DETAIL_BYTES) * shrink)
-    main = [name for name in names if name.startswith(MAIN)]
-    detail = [name for name in names if not name.startswith(MAIN)]
+    ranks = _ranks(reader)
+    names = _kept(ranks, sum(BYTES) * shrink)
     series: dict[str, Series] = {}
-    spare = 0.0  # what the first kind leaves is the second one's
-    for part, budget in ((main, MAIN_BYTES), (detail, DETAIL_BYTES)):
-        room = budget * shrink + spare - sum(map(_fixed_cost, part))
+    spare = 0.0  # what the losses and the others by module leave is that of the charted ones, then of the whole model
+    for rank in (0, 3, 2, 1):
+        part = [name for name in names if ranks[name] == rank]
+        borrowed = spare if rank in (2, 1) else 0.0
+        room = BYTES[rank] * shrink + borrowed - sum(map(_fixed_cost, part))
         starts = _bucket_starts(len(reader.steps), int(room / max(1, len(part))))
         for one in _series(reader, part, starts):
             series[one.name] = one
         cost = EXACT_COST if len(starts) == len(reader.steps) else BUCKET_COST
-        spare = room - len(part) * len(starts) * cost
+        spare += room - len(part) * len(starts) * cost - borrowed
     events = reader.events()
     keep = max(2, int(MAX_EVENTS * shrink)) // 2
     dropped = max(0, len(events) - 2 * keep)
@@ -94,11 +100,24 @@ def _fixed_cost(name: str) -> int:
     return len(name) + SERIES_COST
 
 
-def _kept(names: Sequence[str], room: float) -> list[str]:
-    """The names whose statistics fit, in their order; the losses and the loop's scalars come before others."""
-    by_rank = sorted(names, key=lambda name: not name.startswith(MAIN))
+def _ranks(reader: RecordReader) -> dict[str, int]:
+    """Of every series: 0 a loss or of the loop, 1 of the whole model, 2 charted by module, 3 another by module."""
+    modules = {module.name for module in reader.state.header.modules}
+
+    def rank(name: str) -> int:
+        if name.startswith(MAIN):
+            return 0
+        by_module = name.partition("/")[2].rpartition("/")[0] in modules
+        return 1 if not by_module else 2 if name.endswith(CHARTED) else 3
+
+    return {name: rank(name) for name in reader.names}
+
+
+def _kept(ranks: Mapping[str, int], room: float) -> list[str]:
+    """The names whose statistics fit, in their order; those of a lower rank come before others."""
+    by_rank = sorted(ranks, key=ranks.__getitem__)
     kept = set(by_rank[: int(np.searchsorted(np.cumsum([_fixed_cost(name) for name in by_rank]), room, side="right"))])
-    return [name for name in names if name in kept]
+    return [name for name in ranks if name in kept]
 
 
 def _bucket_starts(rows: int, bytes_each: int) -> Ints:

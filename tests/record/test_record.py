@@ -162,6 +162,26 @@ def test_a_thousand_series_stay_within_five_megabytes(tmp_path: Path) -> None:
     assert len(main.steps) > 500 > len(detail.steps) > 30
 
 
+def test_of_many_series_by_module_those_that_are_charted_keep_more(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    steps, modules = 400, [f"encoder.block{i}.conv" for i in range(300)]
+    keys = ("grads/{}/param_norm", "updates/{}/ratio", *(f"activations/{{}}/{key}" for key in "abcdefgh"))
+    names = [key.format(module) for key in keys for module in modules]
+    names += ["loss/total", "gate/mean", "loss_gradients/cosine/a/b"]
+    values = np.random.default_rng(0).lognormal(size=(steps, len(names))).astype("f4")
+    infos = [ModuleInfo(module, "Conv", i, "encoder", 1, 1) for i, module in enumerate(modules)]
+    with RunWriter(path, RunHeader("run", modules=infos)) as writer:
+        writer.append_block(np.arange(steps), names, values, np.zeros(values.shape, bool))
+    assert path.stat().st_size <= 5_000_000
+    run = load_run(path)
+    for name in ("loss/total", "gate/mean", "loss_gradients/cosine/a/b"):
+        assert run.all_series[name].exact, name
+    charted, other = run.all_series[names[0]], run.all_series[f"activations/{modules[0]}/a"]
+    assert len(charted.steps) > 40 > len(other.steps)
+    spike = values[:, 0].max()
+    assert np.nanmax(charted.max) == spike
+
+
 @pytest.mark.parametrize(("count", "steps", "kept"), [(20_000, 200, 20_000), (30_000, 3, 20_000)])
 def test_any_number_of_series_fits(tmp_path: Path, count: int, steps: int, kept: int) -> None:
     """First the buckets go, then, of twice as many as fit, the last series; what is kept is true."""
