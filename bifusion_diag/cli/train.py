@@ -12,7 +12,10 @@ from rich.console import Console
 from bifusion_diag.errors import UserError
 
 #: The catalogue's, to which a test holds them: the catalogue itself would load PyTorch for --help.
-PROBES = ("grads", "losses", "clip", "projection", "gate", "data", "throughput")
+PROBES = (
+    "grads", "activations", "weights", "updates", "losses", "loss_gradients", "clip", "projection", "gate", "normalize",
+    "attention", "matching", "data", "throughput",
+)  # fmt: skip
 
 
 def train(
