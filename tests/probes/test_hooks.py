@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from watching import Counting, hooks_of
 
 from bifusion_diag.errors import UserError
@@ -239,6 +240,28 @@ def test_children_of_what_has_no_forward_notice_a_backward() -> None:
     with Monitor(model, probes=[counting]) as monitor, monitor.step():
         model.training_step(torch.ones(1, 4)).backward()
         assert counting.events["ended"] == 1
+
+
+def test_the_end_of_a_backward_is_not_that_of_a_checkpoint_inside() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.block = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    model = nn.ModuleDict({"net": nn.ModuleDict({"inner": Net()})})
+    inner = model["net"]["inner"]  # type: ignore[index]
+    complete: list[bool] = []
+
+    class Ends(Nothing):
+        def watches_gradient(self, name: str, module: nn.Module) -> bool:
+            return name == "net.inner.block"
+
+        def backward_ended(self) -> None:
+            complete.append(inner.stem.weight.grad is not None)
+
+    with Monitor(model, probes=[Ends()]) as monitor, monitor.step():
+        checkpoint(inner.block, inner.stem(torch.ones(2, 4)), use_reentrant=True).sum().backward()
+        assert complete == [True]
 
 
 def test_without_a_noticed_backward_its_end_is_told_before_the_update() -> None:
