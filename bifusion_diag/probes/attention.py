@@ -21,12 +21,11 @@ ROWS = 16  # rows of logits (a query in a head) that are computed again in a cal
 TOLD_ROWS = 1024  # rows that are read of logits or weights that a module returns
 MHA_ARGUMENTS = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask")
 QKV_PARTS = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
-
 TURNS = 4  # steps in which every module has its turn to be sampled
 
 _SAMPLE = (
-    f"of {ROWS} evenly spaced rows (a query in a head) of the first batch element, every head alike, in the first call "
-    f"of every {TURNS}th step"
+    f"of {ROWS} or more evenly spaced rows (a query in a head) of the first batch element, every head alike, in the "
+    f"first call of every {TURNS}th step"
 )
 
 
@@ -68,7 +67,8 @@ class AttentionProbe(ModuleProbe):
         modules: name patterns of the modules that are watched.
         fields: where another module returns ``logits`` or ``weights`` (..., queries, keys), and the ``mask`` that
             belongs to them (bool, True = not seen, or added to the logits; the logits are meant before it), as for a
-            FieldProbe. The probe then watches these modules only.
+            FieldProbe. The probe then watches these modules only, and reads 1024 evenly spaced rows of every call;
+            `max_logit` is of logits only, and `masked_rows` of weights needs the mask.
         name, every: as for every Probe.
 
     Raises:

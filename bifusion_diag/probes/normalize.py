@@ -17,6 +17,7 @@ from bifusion_diag.probes.outputs import tensors_of
 from bifusion_diag.probes.per_module import ModuleProbe
 
 STATISTICS = ("NativeLayerNorm", "NativeGroupNorm", "NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
+_HOOKS_ON_SAVED = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # no promise of PyTorch's
 L2_NAMES = ("L2Normalize", "L2Norm", "Normalize")  # classes that divide by a norm along their attribute `dim`
 
 
@@ -100,7 +101,7 @@ class NormalizeProbe(ModuleProbe):
         if x is None or not x.numel() or (isinstance(module, _NormBase) and not _uses_batch(module)):
             return
         # Hooks on saved tensors, as non-re-entrant checkpointing has them, would compute everything again when asked.
-        readable = torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+        readable = _HOOKS_ON_SAVED is not None and _HOOKS_ON_SAVED(True) is None
         node = call.output.grad_fn if readable else None
         if (dim := _l2_dim(module)) is not None:
             norms = _saved_norms(node)
