@@ -57,16 +57,18 @@ def _reduce(reader: RecordReader, shrink: float) -> Run:
     """One attempt. `shrink` scales every budget."""
     ranks = _ranks(reader)
     names = _kept(ranks, sum(BYTES) * shrink)
+    rows = len(reader.steps)
+    all_fit = sum(map(_fixed_cost, names)) + len(names) * rows * EXACT_COST <= sum(BYTES) * shrink
     series: dict[str, Series] = {}
     spare = 0.0  # what the losses and the others by module leave is that of the charted ones, then of the whole model
     for rank in (0, 3, 2, 1):
         part = [name for name in names if ranks[name] == rank]
         borrowed = spare if rank in (2, 1) else 0.0
         room = BYTES[rank] * shrink + borrowed - sum(map(_fixed_cost, part))
-        starts = _bucket_starts(len(reader.steps), int(room / max(1, len(part))))
+        starts = np.arange(rows) if all_fit else _bucket_starts(rows, int(room / max(1, len(part))))
         for one in _series(reader, part, starts):
             series[one.name] = one
-        cost = EXACT_COST if len(starts) == len(reader.steps) else BUCKET_COST
+        cost = EXACT_COST if len(starts) == rows else BUCKET_COST
         spare += room - len(part) * len(starts) * cost - borrowed
     events = reader.events()
     keep = max(2, int(MAX_EVENTS * shrink)) // 2
@@ -135,7 +137,9 @@ def _series(reader: RecordReader, names: Sequence[str], starts: Ints) -> Iterato
     for begin in range(0, len(names), group):
         part = names[begin : begin + group]
         values, missing = reader.columns(part)
-        yield from _reduced(reader, part, values.astype(np.float64), missing, starts)
+        with np.errstate(invalid="ignore"):  # of a signalling NaN
+            wide = values.astype(np.float64)
+        yield from _reduced(reader, part, wide, missing, starts)
 
 
 def _reduced(
@@ -160,9 +164,11 @@ def _reduced(
     ends = np.append(starts[1:], rows)
     bad = (ends - starts)[:, None] - count - gone
     first, last = steps[starts], steps[ends - 1]
-    by_series = (np.ascontiguousarray(table.T) for table in (mean, lowest, highest, bad, gone))
-    for name, unit, stats, *columns in zip(names, units, all_stats, *by_series, strict=True):
-        yield Series(name, unit, first, last, ends - starts, *columns, stats=stats, exact=False)
+    mean, lowest, highest = (np.ascontiguousarray(table.T) for table in (mean, lowest, highest))
+    bad, gone = (np.ascontiguousarray(table.T) for table in (bad, gone))
+    for i, name in enumerate(names):
+        columns = (mean[i], lowest[i], highest[i], bad[i], gone[i])
+        yield Series(name, units[i], first, last, ends - starts, *columns, all_stats[i], exact=False)
 
 
 def _histogram(reader: RecordReader, name: str, buckets: int) -> Histogram:
