@@ -97,14 +97,31 @@ class ActivationsProbe(Probe):
 
     def seen(self, call: Call) -> None:
         slot, output = self._slot[call.name], call.output
+        known = self._of_relu(call) if type(call.module) is nn.ReLU else None
         for tensor in (output,) if type(output) is Tensor else raw_tensors(output):
-            which = self._which(tensor)
+            which = self._which(tensor, known)
             if which is not None:
                 self._slots.append(slot)
                 self._tensors.append(which)
 
-    def _which(self, tensor: Tensor) -> int | None:
-        """Measure a tensor, unless that was done and it has not been changed since."""
+    def _of_relu(self, call: Call) -> tuple[Number, Number, Number] | None:
+        """The range of a plain ReLU's output, from that of its input, if this was measured just so and is finite."""
+        module: Any = call.module
+        if len(call.inputs) != 1 or len(module._forward_hooks) != 1 or "forward" in vars(module):
+            return None  # somebody else may have changed the output
+        x = call.inputs[0]
+        known = self._known.get(id(x))
+        if known is None or (tensor := known[0]()) is None or tensor is not x:
+            return None
+        if known[1] < 0 or tensor._version != known[1] + module.inplace:
+            return None
+        low, high, nonfinite = self._ranges[known[2]]
+        if isinstance(low, Tensor) or isinstance(high, Tensor) or nonfinite:
+            return None  # on an accelerator, an infinity that was cut off would have to be asked for
+        return max(low, 0.0), max(high, 0.0), 0.0
+
+    def _which(self, tensor: Tensor, ranges: tuple[Number, Number, Number] | None) -> int | None:
+        """Measure a tensor, unless that was done and it has not been changed since. Its range may be known."""
         version = -1 if tensor.is_inference() else tensor._version
         known = self._known.get(id(tensor))
         if known is not None and known[0]() is tensor and known[1] == version >= 0:
@@ -115,7 +132,7 @@ class ActivationsProbe(Probe):
         if x.element_size() == 1:  # float8 has no arithmetic
             x = x.bfloat16()
         which = len(self._ranges)
-        self._ranges.append(range_of(x))
+        self._ranges.append(ranges or range_of(x))
         self._sizes.append(x.numel())
         rows = self._samples.get(x.device) or self._samples.setdefault(x.device, SampleRows(RUNS, x.device))
         self._rows.append((rows, rows.add(x)))

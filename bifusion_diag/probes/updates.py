@@ -30,7 +30,7 @@ class UpdatesProbe(Probe):
     elements a parameter is measured whole, of a longer one the sample stands for all. The samples take up to 12 KiB
     of memory for each parameter. Frozen parameters, those of no optimiser, and those that are a slice with gaps of
     another tensor are not measured. Of sharded parameters (FSDP2) every rank samples its part, and the numbers are of
-    all these samples; there an infinite second moment may be NaN.
+    all these samples.
 
     Args:
         modules: name patterns of the modules that are measured.
@@ -120,9 +120,7 @@ class UpdatesProbe(Probe):
     def _ratio(self, parts: list[_Part]) -> Reading:
         places = [self._places[id(p)] for part in parts for p in part.parameters]
         both = [part.norms(self._summing) for part in parts] or [torch.zeros(2, 0, dtype=torch.float64)]
-        moved, weight = (
-            self._shards.whole_norms(x, places) for x in torch.cat([x.to(both[0].device) for x in both], 1)
-        )
+        moved, weight = self._shards.whole_norms(torch.cat([x.to(both[0].device) for x in both], 1), places)
         rows, slots = self._owned([p for part in parts for p in part.parameters])
         here = self._summing.constant(rows, moved.device)
         moved, weight = (self._summing.root_sum_squares(x[here], slots, self._size) for x in (moved, weight))
@@ -138,10 +136,10 @@ class UpdatesProbe(Probe):
         found = [part.second_moments() for part in parts if part.with_moments] or [torch.zeros(2, 0).double()]
         places = [self._places[id(p)] for p in parameters]
         least, most = torch.cat([x.to(found[0].device) for x in found], 1)
-        least, most = -self._shards.whole_max(-least, places), self._shards.whole_max(most, places)
+        least, most = self._shards.whole_max(torch.stack([-least, most]), places)
         rows, slots = self._owned(parameters)
         missing, here = self._missing(slots), self._summing.constant(rows, least.device)
-        least = self._summing.extreme(least[here], slots, self._size, "amin")
+        least = -self._summing.extreme(least[here], slots, self._size, "amax")
         most = self._summing.extreme(most[here], slots, self._size, "amax")
         yield Reading(low, to_float32(least), missing=missing)
         yield Reading(high, to_float32(most), missing=missing)

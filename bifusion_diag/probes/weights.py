@@ -82,8 +82,8 @@ class WeightsProbe(Probe):
         norms, everywhere = as_tensor(self._norms), range(len(slots))
         bad = self._summing.constant(self._nonfinite, norms.device, torch.float64)
         counts = torch.where(norms.isfinite(), 0.0, bad)
-        norms = self._shards.whole_norms(norms, everywhere)
-        counts = self._shards.whole_norms(counts.sqrt(), everywhere).square().round()
+        norms, roots = self._shards.whole_norms(torch.stack([norms, counts.sqrt()]), everywhere)
+        counts = roots.square().round()
         missing = np.zeros(len(names), bool)
         missing[[slot for slot, version in zip(slots, self._versions, strict=True) if version is None]] = True
         yield Reading(self._norm_names, to_float32(self._summing.root_sum_squares(norms, slots, len(names))), missing)

@@ -180,11 +180,33 @@ def test_what_is_handed_through_is_measured_once(monkeypatch: pytest.MonkeyPatch
     ranges: list[int] = []
     real = module_under_test.range_of
     monkeypatch.setattr(module_under_test, "range_of", lambda x: (ranges.append(x.numel()), real(x))[1])
-    model = nn.Sequential(nn.Linear(3, 3), nn.Identity(), nn.Sequential(nn.ReLU(inplace=True), nn.Dropout(0.5).eval()))
+    model = nn.Sequential(nn.Linear(3, 3), nn.Identity(), nn.Sequential(nn.ELU(inplace=True), nn.Dropout(0.5).eval()))
     row = measured(model, lambda: model(torch.randn(50, 3)))
     assert len(ranges) == 2  # of the linear layer, and after it was changed in place
-    assert row["activations/0/min"] == row["activations/1/min"] < 0 == row["activations/2.0/min"]  # type: ignore[operator]
-    assert row["activations/2.1/zeros"] == row["activations/2/zeros"] > 0.2  # type: ignore[operator]
+    assert row["activations/0/min"] == row["activations/1/min"] < row["activations/2.0/min"] < 0  # type: ignore[operator]
+    assert row["activations/2.1/rms"] == row["activations/2/rms"] == row["activations/2.0/rms"]
+
+
+def doubled(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return output * 2
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+@pytest.mark.parametrize("bad", [0.0, NAN, INF, -INF])
+@pytest.mark.parametrize("meddler", [None, doubled])
+def test_the_range_of_a_relu_is_known_from_its_input(
+    inplace: bool, bad: float, meddler: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranges: list[int] = []
+    real = module_under_test.range_of
+    monkeypatch.setattr(module_under_test, "range_of", lambda x: (ranges.append(x.numel()), real(x))[1])
+    model, x = nn.Sequential(nn.BatchNorm1d(3).eval(), nn.ReLU(inplace=inplace)), torch.randn(9, 3)
+    x[4, 1] = bad
+    if meddler:
+        model[1].register_forward_hook(meddler)
+    row, expected = measured(model, lambda: model(x)), truth([model(x)])
+    assert {key: row[f"activations/1/{key}"] for key in KEYS} == near(expected)
+    assert len(ranges) == (1 if bad == 0 and not meddler else 2)
 
 
 def test_a_freed_tensor_whose_memory_is_used_again_is_not_mistaken() -> None:
