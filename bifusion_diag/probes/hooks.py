@@ -320,9 +320,13 @@ def _parts(modules: Mapping[str, nn.Module]) -> set[str]:
     parts = {ROOT}
     for name in modules:  # parents come first
         above = name.rpartition(".")[0] or ROOT
-        if above == ROOT or (above in parts and type(modules[above]).forward is nn.Module.forward):
+        if above == ROOT or (above in parts and _has_no_forward(modules[above])):
             parts.add(name)
     return parts
+
+
+def _has_no_forward(module: nn.Module) -> bool:
+    return getattr(type(module), "forward", None) is nn.Module.forward  # a scripted module's class has none to show
 
 
 def _returns_a_tensor(module: nn.Module) -> bool:

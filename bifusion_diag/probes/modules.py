@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,7 +19,8 @@ def bare_model(model: nn.Module) -> nn.Module:
     """The model without DistributedDataParallel around it.
 
     Raises:
-        UserError: it is replicated by DataParallel, whose replicas live for one forward and cannot be watched.
+        UserError: it is replicated by DataParallel, whose replicas live for one forward and cannot be watched; or it is
+            TorchScript.
     """
     if isinstance(model, nn.DataParallel):
         raise UserError(
@@ -27,6 +29,8 @@ def bare_model(model: nn.Module) -> nn.Module:
         )
     while isinstance(model, DistributedDataParallel):
         model = model.module
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UserError("the model is TorchScript, which takes no hooks; give the Monitor the module it was made of")
     return model
 
 
@@ -34,8 +38,8 @@ def measured_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that get hooks, by name; a module reached by several names has the first of them.
 
     What torch.compile has compiled, also in place (``module.compile()``), is measured at its boundary: a hook on a
-    module inside would be compiled with it. Names are those of the uncompiled, unwrapped model, so that runs with and
-    without are comparable.
+    module inside would be compiled with it. TorchScript takes no hooks. Names are those of the uncompiled, unwrapped
+    model, so that runs with and without are comparable.
     """
     found: dict[str, nn.Module] = {}
     seen: set[int] = set()
@@ -44,6 +48,8 @@ def measured_modules(model: nn.Module) -> dict[str, nn.Module]:
         if id(module) in seen:
             return
         seen.add(id(module))
+        if isinstance(module, torch.jit.ScriptModule):
+            return
         found.setdefault(".".join(path) or ROOT, module)
         if is_compiled(module):
             return

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 from watching import Counting, Watch, hooks_of, same, unchanged
 
+from bifusion_diag.errors import UserError
 from bifusion_diag.probes import Monitor
 
 
@@ -550,6 +551,21 @@ def test_transforms_of_torch_func() -> None:
 
     unchanged(case, ["all", counting])
     assert counting.seen_of["0"] == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_torchscript_inside_a_model() -> None:
+    def case(watch: Watch) -> list[Any]:
+        block = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+        model = nn.Sequential(nn.Linear(4, 4), block, torch.jit.trace(nn.Linear(4, 4), torch.ones(1, 4)))
+        watch(model, None, lambda step: model(torch.ones(2, 4)).sum().backward())
+        return [model]
+
+    row = unchanged(case)[-1]
+    assert row["grads/1.0/param_norm"] > 0  # type: ignore[operator]
+    assert row["grads/0/output_norm"] > 0  # type: ignore[operator]
+    with pytest.raises(UserError, match="the model is TorchScript"):
+        Monitor(torch.jit.script(nn.Linear(2, 2)))
 
 
 class Under(nn.Module):
