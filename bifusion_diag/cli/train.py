@@ -96,6 +96,8 @@ def train(
     if run.header.environment.get("rank", 0) == 0:
         typer.echo(f"{run.status}: {len(run.steps)} steps recorded in {out}")
         if run.status == "interrupted":
-            typer.echo(f"go on with: bifusion-diag train --resume --out {out}")
+            ranks = run.header.environment.get("ranks", 1)
+            start = "bifusion-diag" if ranks == 1 else f"torchrun --nproc-per-node {ranks} -m bifusion_diag"
+            typer.echo(f"go on with: {start} train --resume --out {out}")
     if run.status == "interrupted":
         raise typer.Exit(130)

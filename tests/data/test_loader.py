@@ -87,3 +87,18 @@ def test_scenes_none_of_which_has_points_are_an_error(make_scene):
     source.scenes = [make_scene(0, name=str(k)) for k in range(2)]
     with pytest.raises(UserError, match="none of the 2 scenes has a point"):
         BatchLoader(source, DataSettings(), batch_size=1, seed=0).batch(0)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_batches_of_several_ranks_are_those_of_one_process_with_the_joint_batch(make_scene, ranks):
+    settings = DataSettings(max_points=20)
+    one = BatchLoader(Scenes(make_scene, 7), settings, batch_size=2 * ranks, seed=3)
+    many = [
+        BatchLoader(Scenes(make_scene, 7), settings, batch_size=2, seed=3, rank=rank, ranks=ranks)
+        for rank in range(ranks)
+    ]
+    for step in range(5):  # into a third epoch
+        parts, joint = [loader.batch(step) for loader in many], one.batch(step)
+        assert sum((part.names for part in parts), ()) == joint.names
+        for field in ("xyz", "coords", "color", "semantic", "images", "depth", "pose"):
+            assert torch.equal(torch.cat([getattr(part, field) for part in parts]), getattr(joint, field))
