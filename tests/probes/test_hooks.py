@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import timeit
 import warnings
 from collections.abc import Iterator
@@ -350,6 +351,41 @@ def test_no_probe_waits_for_a_cuda_device() -> None:
                 monitor.end_step()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("around", ["autocast", "inference", "subclass", "device"])
+def test_a_probe_runs_as_if_nothing_were_around_the_call(around: str) -> None:
+    class Named(Tensor):
+        pass
+
+    found: list[Any] = []
+
+    class Looks(Nothing):
+        def watches(self, name: str, module: nn.Module) -> bool:
+            return name == "(root)"
+
+        def seen(self, call: Call) -> None:
+            product = call.output @ call.output.t()
+            product += 1  # refused of what was made in inference mode, where that is left
+            found.append((product.dtype, type(product), product.is_inference(), torch.zeros(1).device.type))
+            assert not torch.is_grad_enabled()
+
+    model, x = nn.Linear(4, 4), torch.ones(2, 4)
+    modes: dict[str, Any] = {
+        "autocast": torch.autocast("cpu", dtype=torch.bfloat16),
+        "inference": torch.inference_mode(),
+        "device": torch.device("meta"),
+        "subclass": contextlib.nullcontext(),
+    }
+    if around == "subclass":
+        model.register_forward_hook(lambda _module, _inputs, output: output.as_subclass(Named))
+    if around == "autocast":
+        model.register_forward_hook(lambda _module, _inputs, output: output.float())
+    with Monitor(model, probes=[Looks()]) as monitor, monitor.step(), modes[around]:
+        model(x)
+        assert torch.is_grad_enabled() == (around != "inference")
+        assert torch.is_inference_mode_enabled() == (around == "inference")
+    assert found == [(torch.float32, Tensor, False, "cpu")]
 
 
 def test_a_hook_costs_little() -> None:
