@@ -40,7 +40,8 @@ class Quiet:
 
 class Audience:
     """The probes, told of events. One that raises is told nothing more: its numbers end, the training goes on. Only a
-    UserError of the first step is passed on: what a probe was told to read is not there, and nothing is lost yet.
+    UserError of the first step is passed on: what a probe was told to read is not there, and nothing is lost yet. So is
+    the error of a probe whose numbers other processes wait for: they would wait forever.
 
     Args:
         probes: all of them.
@@ -100,7 +101,7 @@ class Audience:
         return tuple(found)
 
     def _switch_off(self, probe: Probe, event: str, arguments: tuple[Any, ...], error: Exception) -> None:
-        if isinstance(error, UserError) and self._steps == 1:
+        if probe.shared or (isinstance(error, UserError) and self._steps == 1):
             raise error
         self._off.add(id(probe))
         of = arguments[0] if arguments else None

@@ -85,6 +85,7 @@ class Probe:
     KEYS: ClassVar[dict[str, str]] = {}  # key → meaning; <module> and <term> stand for any
     prefix: ClassVar[str]
     period: ClassVar[int] = 1  # steps from one measurement to the next, unless told otherwise
+    shared: bool = False  # its numbers are put together with those of other processes, which wait for them
 
     def __init__(self, *, name: str | None = None, every: int | Schedule | None = None) -> None:
         self.name = name or self.prefix

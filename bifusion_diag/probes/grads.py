@@ -54,6 +54,7 @@ class GradsProbe(Probe):
         self._subject = subject
         self._owners = owners_of(subject.model, self.modules)
         self._shards = Shards(self._owners.parameters)
+        self.shared = self._shards.any
         self._of_process = world_size() > 1 and not self._shards.any
         self._watched = set(map(id, self._owners.parameters)) if self._of_process else set[int]()
         self._slot = {name: i for i, name in enumerate(watched_outputs(subject, self.modules))}

@@ -63,6 +63,7 @@ class UpdatesProbe(Probe):
             self._slots.setdefault(id(p), []).append(modules.index(slot))
         self._places = {id(p): place for place, p in enumerate({id(p): p for p, _ in ours}.values())}
         self._shards = Shards(list({id(p): p for p, _ in ours}.values()))
+        self.shared = self._shards.any
         self._names = {
             key: tuple(f"{self.name}/{names[slot]}/{key}" for slot in modules)
             for key in ("ratio", "second_moment_min", "second_moment_max")

@@ -46,6 +46,7 @@ class WeightsProbe(Probe):
     def attach(self, subject: Subject) -> None:
         self._owners = owners_of(subject.model, self.modules)
         self._shards = Shards(self._owners.parameters)
+        self.shared = self._shards.any
         count = len(self._owners.parameters)
         self._norms: list[Number] = [0.0] * count
         self._nonfinite = [0.0] * count  # where the norm is not finite

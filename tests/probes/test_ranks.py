@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from rank_workers import BATCH, STAGE, STEPS, everything, loss_of, net, run_ranks, samples
 from torch import Tensor
 
-from bifusion_diag.probes import GradsProbe
+from bifusion_diag.probes import GradsProbe, Monitor, Reading
 from bifusion_diag.probes.ranks import Agreement, Shards, agree
 from bifusion_diag.record import RecordReader
 
@@ -143,7 +144,9 @@ def test_of_shards_everything_is_measured_as_of_the_whole(trained: Trained) -> N
         for name in set(replicated) - own:
             compared += 1
             np.testing.assert_allclose(sharded[name], replicated[name], rtol=1e-4, atol=1e-7, err_msg=name)
-    assert compared > 30
+        prefixes = {name.partition("/")[0] for name in sharded}
+        assert prefixes >= {"grads", "loss", "weights", "updates", "activations"}
+    assert compared > 100
 
 
 def test_a_nan_of_rank_1_is_found_at_rank_1(trained: Trained) -> None:
@@ -179,3 +182,18 @@ def test_alone_nothing_is_sent() -> None:
     norms = torch.tensor([3.0, 4.0], dtype=torch.float64)
     assert not shards.any
     assert shards.whole_norms(norms, [0, 5]) is norms
+
+
+def test_the_error_of_a_probe_that_other_ranks_wait_for_is_passed_on() -> None:
+    class Waited(GradsProbe):
+        def collect(self) -> Iterator[Reading]:
+            raise RuntimeError("broken")
+
+    model = net()
+    for shared in (False, True):
+        probe = Waited()
+        told = pytest.raises(RuntimeError, match="broken") if shared else pytest.warns(RuntimeWarning, match="is off")
+        with Monitor(model, None, [probe]) as monitor:
+            probe.shared = shared
+            with told, monitor.step():
+                loss_of(model, torch.zeros(2, 6)).backward()
