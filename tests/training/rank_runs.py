@@ -156,12 +156,28 @@ def gradients(folder: Path) -> dict[str, Any]:
 
 
 def failing(folder: Path) -> dict[str, Any]:
-    """A run that breaks on rank 1: what each rank raises, and when."""
+    """A run that breaks on rank 1."""
+    return broken(folder / "failing.json", fail_at_rank_1)
+
+
+def vanishing(folder: Path) -> dict[str, Any]:
+    """A run whose rank 0 is gone in the middle of it, and with it all that the ranks share."""
+
+    def vanish(trainer: Trainer, step: int) -> None:
+        if own_rank() == 0 and step == 1:
+            torch.save({}, folder / "vanishing0.pt")
+            os._exit(0)
+
+    return broken(folder / "vanishing.json", vanish)
+
+
+def broken(out: Path, disturb: Callable[[Trainer, int], None]) -> dict[str, Any]:
+    """What a rank raises, and when."""
     began = 0.0
     try:
         with process_group("cpu"):
             began = time.monotonic()
-            train(folder / "failing.json", disturb=fail_at_rank_1)
+            train(out, disturb=disturb)
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}", "seconds": time.monotonic() - began}
     return {"error": "none"}

@@ -144,6 +144,13 @@ def test_an_error_of_one_rank_ends_the_others_and_they_say_whose_it_was(tmp_path
     assert said in str(runs[0].error)
 
 
+def test_a_process_that_is_gone_ends_the_others(tmp_path: Path) -> None:
+    _, one = run_ranks(rank_runs.vanishing, 2, tmp_path)
+    assert one["error"].startswith("RankError: rank 1 cannot go on: another process has ended without a word")
+    assert one["seconds"] < 30
+    assert load_run(tmp_path / "vanishing.rank1.record").status == "failed"
+
+
 def torchrun(*arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "bifusion_diag", "train", *arguments]
