@@ -94,7 +94,8 @@ def test_a_resumed_run_is_bit_identical_to_one_that_was_never_interrupted(
     second = resume_training(tmp_path / "parts.json", console=quiet)
     assert (second.status, list(second.steps)) == ("completed", list(range(6)))
     for name in whole.names():
-        if "seconds" not in name and not name.startswith("throughput/"):
+        # CLIP runs only for images whose tokens are not kept yet: in a resumed run, for all of them once more.
+        if "seconds" not in name and not name.startswith("throughput/") and "/encoder.clip." not in name:
             np.testing.assert_array_equal(values(second, name), values(whole, name), err_msg=name)
     assert [event for event in second.events if event.kind not in ("signal", "resume")] == whole.events
     assert_same_tensors(weights(tmp_path, "parts"), weights(tmp_path, "whole"))
