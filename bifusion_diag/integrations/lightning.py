@@ -63,7 +63,8 @@ class BiFusionDiagCallback(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Take the loss, unless training_step has told its terms."""
         if not self._told and self.session.monitor is not None:
-            self.session.monitor.losses({"loss": loss}, total=loss)
+            whole = loss * trainer.accumulate_grad_batches  # Lightning has divided it
+            self.session.monitor.losses({"loss": whole}, total=whole)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bifusion_diag.errors import UserError
 from bifusion_diag.probes.base import Call, Probe, Reading
@@ -53,6 +54,7 @@ class Audience:
         self._off: set[int] = set()  # ids of probes that have raised
         self._failed = failed
         self._steps = 0
+        self.loop_numbers: dict[str, float | Tensor] = {}  # of the step that was collected last
 
     def due(self, step: int) -> tuple[Probe, ...]:
         """A step begins: the probes that measure at it."""
@@ -77,6 +79,7 @@ class Audience:
     def collect(self, probes: Sequence[Probe]) -> list[Reading]:
         """The readings of these probes."""
         collected: list[Reading] = []
+        self.loop_numbers = {}
         with Quiet():
             for probe in probes:
                 if id(probe) in self._off:
@@ -86,6 +89,7 @@ class Audience:
                     for reading in readings:
                         _check(reading)
                     collected += readings
+                    self.loop_numbers |= probe.loop_numbers()
                 except Exception as error:
                     self._switch_off(probe, "collect", (), error)
         return collected

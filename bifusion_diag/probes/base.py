@@ -141,6 +141,15 @@ class Probe:
         """The step's readings. Must not synchronise with the device."""
         raise NotImplementedError
 
+    def loop_numbers(self) -> Mapping[str, float | Tensor]:
+        """After collect: numbers of the training loop that this probe knows. They are recorded where the loop logs none
+        of that name."""
+        return {}
+
+    def describe(self) -> str | None:
+        """What the probe has chosen to measure by itself; recorded as an event whenever it changes."""
+        return None
+
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """Whether a module's name matches one of the patterns."""

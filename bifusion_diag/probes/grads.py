@@ -26,9 +26,11 @@ class GradsProbe(Probe):
     since the gradients were last reduced (``no_sync``), and what was reduced before.
 
     Own parameters are those that a module holds itself, not through children; a parameter that two modules share counts
-    in both. Outputs are watched of modules that own parameters and of the model's parts (names of at most two
-    components); all tensors of an output and all calls of a step are summed in squares. A parameter or input handed
-    through as an output is not measured there.
+    in both. Outputs are watched of modules that own a matrix (a parameter of two dimensions or more) and of the model's
+    parts (names of at most two components); all tensors of an output and all calls of a step are summed in squares. A
+    parameter or input handed through as an output is not measured there. Layers that only scale and shift, such as
+    normalisations, are left out: the gradient of their shift is the sum of their output's, at no cost. The norm of the
+    whole gradient is ``train/grad_norm``, unless the loop logs it itself.
 
     Args:
         modules: name patterns of the modules that are measured.
@@ -78,6 +80,7 @@ class GradsProbe(Probe):
         self._local: dict[int, Number] = {}  # by the parameter's id
         self._gradients: tuple[Tensor, list[int]] | None = None
         self._inverse_scale: Tensor | None = None
+        self._total: Tensor | None = None
 
     def gradient(self, name: str, gradient: Tensor) -> None:
         self._norms.append(norm_of(gradient))
@@ -106,10 +109,15 @@ class GradsProbe(Probe):
                 yield self._of_this_process()
         yield self._of_outputs()
 
+    def loop_numbers(self) -> dict[str, Tensor]:
+        whole_model = "*" in self.modules
+        return {"train/grad_norm": to_float32(self._total)} if whole_model and self._total is not None else {}
+
     def _of_parameters(self) -> Iterator[Reading]:
         assert self._gradients is not None
         norms, places = self._gradients
         names, parameters, owners = self._owners
+        once = {id(parameters[place]): i for i, place in enumerate(places)}  # a shared one is there twice
         state = np.full(len(names), FROZEN)
         state[[owner for parameter, owner in zip(parameters, owners, strict=True) if parameter.requires_grad]] = (
             NO_GRADIENT
@@ -117,6 +125,7 @@ class GradsProbe(Probe):
         slots = [owners[place] for place in places]
         state[slots] = ZERO
         whole = self._shards.whole_norms(norms, places)
+        self._total = self._unscaled(whole[self._summing.constant(list(once.values()), whole.device)].norm())
         norms = self._unscaled(self._summing.root_sum_squares(whole, slots, len(state)))
         here = self._summing.constant(state.tolist(), norms.device)
         finite = torch.where(norms > 0, FINITE, ZERO)

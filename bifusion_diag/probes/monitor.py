@@ -114,6 +114,7 @@ class Monitor:
         self._open_step: int | None = None
         self._readings: list[Reading] = []
         self._logs: dict[str, float | Tensor] = {}
+        self._choices: dict[str, str] = {}  # what a probe has said of itself
 
     def __enter__(self) -> Monitor:
         assert not self._hooks.attached, "this Monitor is already open"
@@ -209,7 +210,16 @@ class Monitor:
             self._measuring = False
         self._readings = self._audience.collect(due)
         self._open_step = number
+        self._note_choices(due)
         self._end_first_step()
+
+    def _note_choices(self, due: Sequence[Probe]) -> None:
+        for probe in due:
+            text = probe.describe()
+            if text is not None and text != self._choices.get(probe.name):
+                self._choices[probe.name] = text
+                if self._writer is not None:
+                    self._writer.event(self._number, "note", text, probe=probe.name)
 
     def _end_first_step(self) -> None:
         if self._hooks.looks_for_order and self._hooks.order:
@@ -256,7 +266,7 @@ class Monitor:
     def end_step(self) -> None:
         """Close the row of the step that was measured. Does nothing where none is open."""
         if self._open_step is not None:
-            row = pack(self._open_step, self._readings, self._logs)
+            row = pack(self._open_step, self._readings, self._audience.loop_numbers | self._logs)
             self._open_step, self._readings, self._logs = None, [], {}
             self._rows.add(row)
 

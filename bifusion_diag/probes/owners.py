@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from bifusion_diag.probes.base import ROOT, Subject, matches
 from bifusion_diag.probes.modules import plain_name
@@ -37,18 +38,23 @@ def owners_of(model: nn.Module, patterns: Iterable[str] = ("*",)) -> Owners:
 
 
 def watched_outputs(subject: Subject, patterns: Iterable[str] = ("*",), leaves: bool = False) -> tuple[str, ...]:
-    """Modules whose outputs are measured: owners of parameters, the model's parts (names of at most two components),
-    and with `leaves` every module without children."""
+    """Modules whose outputs are measured: owners of a matrix (a parameter of two dimensions or more), the model's parts
+    (names of at most two components), and with `leaves` every module without children or with parameters."""
     return tuple(
         name
         for name, module in subject.modules.items()
         if matches(name, patterns)
         and (
-            any(p is not None for p in module._parameters.values())
+            _owns(module, dimensions=0 if leaves else 2)
             or (name != ROOT and name.count(".") <= 1)
             or (leaves and not module._modules)
         )
     )
+
+
+def _owns(module: nn.Module, dimensions: int) -> bool:
+    own = (p for p in module._parameters.values() if p is not None)
+    return any(is_lazy(p) or p.dim() >= dimensions for p in own)
 
 
 class Slots:

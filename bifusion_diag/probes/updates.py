@@ -30,7 +30,7 @@ class UpdatesProbe(Probe):
     elements a parameter is measured whole, of a longer one the sample stands for all. The samples take up to 12 KiB
     of memory for each parameter. Frozen parameters, those of no optimiser, and those that are a slice with gaps of
     another tensor are not measured. Of sharded parameters (FSDP2) every rank samples its part, and the numbers are of
-    all these samples.
+    all these samples. The learning rate of the first group is ``train/lr``, unless the loop logs it itself.
 
     Args:
         modules: name patterns of the modules that are measured.
@@ -74,9 +74,12 @@ class UpdatesProbe(Probe):
 
     def begin(self) -> None:
         self._updated: list[_Part] = []
+        self._rate: float | Tensor | None = None
         self._skips: list[Tensor | None] = []  # of each step: more than zero where a fused optimiser left it out
 
     def before_update(self, optimizer: Optimizer) -> None:
+        if self._rate is None:
+            self._rate = optimizer.param_groups[0].get("lr")
         skips = getattr(optimizer, "found_inf", None)
         self._skips.append(skips.detach().clone() if isinstance(skips, Tensor) else None)
         for part in self._parts_of(optimizer):
@@ -111,6 +114,9 @@ class UpdatesProbe(Probe):
         parts = [part for part in self._updated if part.done and part.parameters]
         yield self._ratio(parts)
         yield from self._second_moments(parts)
+
+    def loop_numbers(self) -> dict[str, float | Tensor]:
+        return {"train/lr": self._rate} if self._rate is not None else {}
 
     def _skipped(self) -> Tensor:
         skips = [skip for skip in self._skips if skip is not None]

@@ -16,32 +16,44 @@ from bifusion_diag.probes.norms import Number, as_tensor, count_nonfinite, norms
 from bifusion_diag.probes.owners import Slots, owners_of
 from bifusion_diag.probes.ranks import Shards
 
-REFRESH = 64  # measurements after which a frozen parameter that looks unchanged is measured again
+TURNS = 8
+REFRESH = 64  # turns after which a frozen parameter that looks unchanged is measured again
 
 
 class WeightsProbe(Probe):
     """Weights as they are when the step begins, with which its first forward is computed.
 
+    Reading every weight at every step would be a quarter of what all probes may cost, and norms of weights move slowly
+    (``updates`` tells how slowly): modules take turns. All are measured at the first step.
+
     A frozen parameter is measured again when PyTorch has counted a change of it, or its memory is another one; a change
-    that is not counted, such as through ``.data``, shows after 64 measurements at the latest. Of sharded parameters
-    (FSDP2) the numbers are of the whole.
+    that is not counted, such as through ``.data``, shows after 64 of its module's turns at the latest. Of sharded
+    parameters (FSDP2) the numbers are of the whole.
 
     Args:
         modules: name patterns of the modules that are measured.
+        turns: steps from one measurement of a module to the next, among those at which the probe is due.
     """
 
     prefix = "weights"
     KEYS: ClassVar[dict[str, str]] = {
-        "<module>/norm": "L2 norm of its own parameters",
-        "<module>/nonfinite": "NaN and infinite elements of its own parameters; on an accelerator, where counting "
-        "would cost a pass at every step, missing unless there are none",
+        "<module>/norm": f"L2 norm of its own parameters; at every {TURNS}th step",
+        "<module>/nonfinite": f"NaN and infinite elements of its own parameters; at every {TURNS}th step; "
+        "on an accelerator, where counting would cost a pass, missing unless there are none",
     }
 
     def __init__(
-        self, *, modules: Sequence[str] = ("*",), name: str | None = None, every: int | Schedule | None = None
+        self,
+        *,
+        modules: Sequence[str] = ("*",),
+        turns: int = TURNS,
+        name: str | None = None,
+        every: int | Schedule | None = None,
     ) -> None:
         super().__init__(name=name, every=every)
+        assert turns >= 1, f"turns={turns}: give a number of steps from 1 on"
         self.modules = tuple(modules)
+        self.turns = turns
 
     def attach(self, subject: Subject) -> None:
         self._owners = owners_of(subject.model, self.modules)
@@ -52,20 +64,20 @@ class WeightsProbe(Probe):
         self._nonfinite = [0.0] * count  # where the norm is not finite
         self._versions: list[tuple[int, int] | None] = [None] * count  # None: a lazy one without a shape yet
         self._summing = Slots()
-        self._turn = 0
+        self._step = -1
         names = self._owners.names
         self._norm_names = tuple(f"{self.name}/{name}/norm" for name in names)
         self._nonfinite_names = tuple(f"{self.name}/{name}/nonfinite" for name in names)
 
     def begin(self) -> None:
-        self._turn += 1
+        self._step += 1
         changed: list[int] = []
-        for i, parameter in enumerate(self._owners.parameters):
-            if is_lazy(parameter):
+        for i, (parameter, slot) in enumerate(zip(self._owners.parameters, self._owners.slots, strict=True)):
+            if is_lazy(parameter) or not self._in_turn(slot):
                 continue
             version = parameter._version, parameter.data_ptr()
             # A fused optimiser changes what learns without counting it.
-            if parameter.requires_grad or version != self._versions[i] or (self._turn + i) % REFRESH == 0:
+            if parameter.requires_grad or version != self._versions[i] or (self._step // self.turns + i) % REFRESH == 0:
                 self._versions[i] = version
                 changed.append(i)
         measured = [self._owners.parameters[i].detach() for i in changed]
@@ -76,6 +88,9 @@ class WeightsProbe(Probe):
             elif not math.isfinite(norm):
                 self._nonfinite[i] = count_nonfinite(x).item()
 
+    def _in_turn(self, slot: int) -> bool:
+        return self._step == 0 or (self._step + slot) % self.turns == 0
+
     def collect(self) -> Iterator[Reading]:
         names, _, slots = self._owners
         if not names:
@@ -85,7 +100,7 @@ class WeightsProbe(Probe):
         counts = torch.where(norms.isfinite(), 0.0, bad)
         norms, roots = self._shards.whole_norms(torch.stack([norms, counts.sqrt()]), everywhere)
         counts = roots.square().round()
-        missing = np.zeros(len(names), bool)
+        missing = np.array([not self._in_turn(slot) for slot in range(len(names))])
         missing[[slot for slot, version in zip(slots, self._versions, strict=True) if version is None]] = True
         yield Reading(self._norm_names, to_float32(self._summing.root_sum_squares(norms, slots, len(names))), missing)
         nonfinite = to_float32(self._summing.sum(counts, slots, len(names)))

@@ -23,7 +23,7 @@ from bifusion_diag.reports.numbers import text as number
 TROUBLE = "bold red"
 QUIET = "dim"
 GAP = "  "
-NOTES = ("stage", "resume", "signal")  # kinds of events that are no incidents
+NOTES = ("stage", "resume", "signal", "note")  # kinds of events that are no incidents
 BARS = "▁▂▃▄▅▆▇"  # no full block: lines below each other would grow together
 BAD = "×"  # stands in a sparkline for a value that is not finite
 WIDEST_SPARK = 60

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +71,10 @@ def check(run: Run, model: nn.Module, prefix: str = "", steps: int = STEPS) -> N
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_mmengine(tmp_path: Path, accumulate: int) -> None:
     hooks = pytest.importorskip("mmengine.hooks", reason="or one of its libraries", exc_type=ImportError)
+    from mmengine.config import Config
     from mmengine.model import BaseModel
+    from mmengine.registry import DATASETS, MODELS
     from mmengine.runner import Runner
-
-    import bifusion_diag.integrations.mmengine  # noqa: F401  (registers the hook)
 
     class Model(BaseModel):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -83,33 +84,38 @@ def test_mmengine(tmp_path: Path, accumulate: int) -> None:
         def forward(self, x: Tensor, y: Tensor, mode: str = "tensor") -> Any:
             return self.net.terms(x, y)
 
-    torch.manual_seed(0)
-    model = Model()
     logged: list[dict[str, float]] = []
 
     class Listener(hooks.Hook):  # type: ignore[misc,name-defined]
         def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
             logged.append({name: float(value) for name, value in outputs.items()})
 
-    runner = Runner(
-        model=model,
-        work_dir=str(tmp_path),
-        train_dataloader={
-            "dataset": Points(), "batch_size": 2, "num_workers": 0, "collate_fn": {"type": "default_collate"},
+    MODELS.register_module(name="Tiny", module=Model, force=True)
+    DATASETS.register_module(name="Points", module=Points, force=True)
+    settings = {
+        "model": {"type": "Tiny"},
+        "work_dir": str(tmp_path),
+        "train_dataloader": {
+            "dataset": {"type": "Points"}, "batch_size": 2, "num_workers": 0, "collate_fn": {"type": "default_collate"},
             "sampler": {"type": "DefaultSampler", "shuffle": False},
         },
-        train_cfg={"by_epoch": False, "max_iters": STEPS * accumulate},
-        optim_wrapper={
+        "train_cfg": {"by_epoch": False, "max_iters": STEPS * accumulate},
+        "optim_wrapper": {
             "optimizer": {"type": "SGD", "lr": 0.05}, "accumulative_counts": accumulate, "clip_grad": {"max_norm": 0.1},
         },
-        custom_hooks=[{"type": "BiFusionDiagHook", "probes": "all"}, Listener()],
-        experiment_name=f"accumulate{accumulate}",
-        log_level="ERROR",
-    )  # fmt: skip
+        "custom_imports": {"imports": "bifusion_diag.integrations.mmengine"},
+        "custom_hooks": [{"type": "BiFusionDiagHook", "probes": "all"}],
+        "experiment_name": f"accumulate{accumulate}",
+        "log_level": "ERROR",
+    }  # fmt: skip
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(settings))
+    runner = Runner.from_cfg(Config.fromfile(config))
+    runner.register_hook(Listener())
     runner.train()
     (path,) = tmp_path.glob("*/bifusion-diag/run.json")
     run = load_run(path)
-    check(run, model, "net.")
+    check(run, runner.model, "net.")
     told = {key: np.array([step[key] for step in logged]).reshape(STEPS, accumulate).mean(1) for key in logged[0]}
     for term in ("loss_fit", "loss_small"):
         np.testing.assert_allclose(values(run, f"loss/{term}/raw"), told[term], rtol=1e-5)

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from bifusion_diag.probes import GradsProbe, Monitor
 from bifusion_diag.probes.grads import FINITE, FROZEN, NO_GRADIENT, NONFINITE, ZERO
 from bifusion_diag.probes.outputs import tensors_of
+from bifusion_diag.probes.owners import owners_of
 
 
 def measured(model: nn.Module, loss: Any, probe: GradsProbe | str = "grads") -> dict[str, float | None]:
@@ -62,7 +63,9 @@ def test_every_norm_equals_the_twins() -> None:
 
     row, expected = measured(model, loss), twin(model, loss)
     norms = {name: value for name, value in row.items() if not name.endswith("/state")}
-    assert len(norms) == 13 + 16  # owners of parameters, and of outputs that are watched
+    everything = [expected[f"grads/{name}/param_norm"] for name in owners_of(model).names]
+    assert norms.pop("train/grad_norm") == pytest.approx(sum(x**2 for x in everything if x) ** 0.5, rel=1e-5)
+    assert len(norms) == 13 + 15  # owners of parameters, and of outputs that are watched
     for name, value in norms.items():
         assert value == (None if expected[name] is None else pytest.approx(expected[name], rel=1e-5)), name
     assert sum(value is not None for value in norms.values()) > 18

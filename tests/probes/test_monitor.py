@@ -332,3 +332,45 @@ def test_no_copy_to_the_host_before_a_block_is_full(tmp_path: Path, monkeypatch:
     with RunWriter(tmp_path / "run.json", header()) as writer:
         train(["all"], 7, writer)
     assert copies == [3, 3, 1]
+
+
+def test_what_the_loop_does_not_log_probes_tell() -> None:
+    tied = nn.Linear(3, 3)
+    model = nn.Sequential(tied, nn.Tanh(), nn.Linear(3, 3), nn.Linear(3, 3))
+    model[3].weight = tied.weight
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
+    with Monitor(model, optimizer, ["grads", "updates"]) as monitor:
+        with monitor.step():
+            model(torch.ones(2, 3)).square().sum().backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+            optimizer.step()
+            optimizer.param_groups[0]["lr"] = 0.5
+        monitor.end_step()
+        row = monitor.latest()
+        assert row["train/grad_norm"] == pytest.approx(norm.item(), rel=1e-6)
+        assert row["train/lr"] == 0.25
+        with monitor.step():
+            monitor.log("train/grad_norm", 7.0)
+        monitor.end_step()
+        assert monitor.latest()["train/grad_norm"] == 7.0
+
+
+def test_what_a_probe_has_chosen_is_an_event(tmp_path: Path) -> None:
+    class Chooser(Probe):
+        prefix = "chooser"
+        chosen: str | None = None
+
+        def collect(self) -> Iterator[Reading]:
+            yield Reading(("chooser/x",), torch.ones(1))
+
+        def describe(self) -> str | None:
+            return self.chosen
+
+    probe = Chooser()
+    with Monitor(nn.Linear(1, 1), probes=[probe], out=tmp_path / "run") as monitor:
+        for chosen in (None, "a", "a", "b"):
+            probe.chosen = chosen
+            with monitor.step():
+                pass
+    events = [(event.step, event.message) for event in load_run(tmp_path / "run").events if event.kind == "note"]
+    assert events == [(1, "a"), (3, "b")]

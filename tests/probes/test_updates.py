@@ -58,6 +58,7 @@ def test_every_number_equals_the_twins(kind: Any, way: dict[str, bool]) -> None:
             monitor.end_step()
             row = monitor.latest()
             assert row.pop("updates/skipped") == 0
+            assert row.pop("train/lr") == pytest.approx(optimiser.param_groups[0]["lr"])
             second = moments(model, optimiser)
             for name in before:
                 ratio = ((after[name] - before[name]).norm() / before[name].norm()).item()

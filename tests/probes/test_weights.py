@@ -35,7 +35,7 @@ def row_of(monitor: Monitor) -> dict[str, float | None]:
 def test_every_norm_is_that_of_the_forward() -> None:
     model, x = Zoo(), torch.randn(6, 4)
     optimiser = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)  # counts no change of a parameter
-    with Monitor(model, optimiser, probes=["weights"]) as monitor:
+    with Monitor(model, optimiser, probes=[WeightsProbe(turns=1)]) as monitor:
         for _ in range(3):
             expected = truth(model)
             with monitor.step():
@@ -67,7 +67,7 @@ def test_a_frozen_parameter_is_measured_when_it_changes(monkeypatch: pytest.Monk
     monkeypatch.setattr(module_under_test, "norms_of", lambda x: (counts.append(len(x)), real(x))[1])
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3).requires_grad_(False))
     frozen = model[1].weight
-    with Monitor(model, probes=["weights"]) as monitor:
+    with Monitor(model, probes=[WeightsProbe(turns=1)]) as monitor:
         for _ in range(3):
             row_of(monitor)
         assert counts == [4, 2, 2]
@@ -83,12 +83,25 @@ def test_a_frozen_parameter_is_measured_when_it_changes(monkeypatch: pytest.Monk
 
 def test_a_parameter_without_a_shape_yet_is_missing() -> None:
     model = nn.Sequential(nn.LazyLinear(2), nn.Linear(2, 2))
-    with Monitor(model, probes=["weights"]) as monitor:
+    with Monitor(model, probes=[WeightsProbe(turns=1)]) as monitor:
         row = row_of(monitor)
         assert [row["weights/0/norm"], row["weights/0/nonfinite"]] == [None, None]
         assert row["weights/1/norm"] > 0  # type: ignore[operator]
         model(torch.ones(1, 3))
         assert row_of(monitor) == pytest.approx(truth(model), rel=1e-5)
+
+
+def test_modules_take_turns() -> None:
+    model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(5)])
+    with Monitor(model, probes=[WeightsProbe(turns=3)]) as monitor:
+        assert None not in row_of(monitor).values()
+        for step in range(1, 7):
+            for p in model.parameters():
+                p.data.mul_(2)
+            row, expected = row_of(monitor), truth(model)
+            here = {i for i in range(5) if (step + i) % 3 == 0}
+            assert {i for i in range(5) if row[f"weights/{i}/norm"] is not None} == here
+            assert all(row[f"weights/{i}/norm"] == pytest.approx(expected[f"weights/{i}/norm"]) for i in here)
 
 
 def test_only_the_modules_asked_for() -> None:
