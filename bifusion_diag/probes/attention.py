@@ -107,7 +107,6 @@ class AttentionProbe(ModuleProbe):
                 raise UserError(f"attention reads no field {field!r}.{near_matches(field, self.FIELDS)}")
         if self.places and len({"logits", "weights"} & set(self.places)) != 1:
             raise UserError("attention: tell in `fields` where one of 'logits' and 'weights' is")
-        self._turn = -1
         self._slots: dict[str, int] = {}  # by module: in which of the TURNS it is sampled
         self._none: dict[torch.device, Tensor] = {}
 
@@ -116,7 +115,6 @@ class AttentionProbe(ModuleProbe):
 
     def begin(self) -> None:
         super().begin()
-        self._turn += 1
         self._sampled: set[str] = set()
 
     def seen(self, call: Call) -> None:
@@ -130,7 +128,7 @@ class AttentionProbe(ModuleProbe):
             return
         self.record(call.name, self._masked_rows(masks, given), ("masked_rows",))
         slot = self._slots.setdefault(call.name, len(self._slots))
-        if (self._turn - slot) % TURNS or call.name in self._sampled:
+        if (self.turn - slot) % TURNS or call.name in self._sampled:
             return
         parts = _parts_of_mha(call.module, given) if is_mha else _parts_of_qkv(call.module, given)
         if parts is None:

@@ -59,7 +59,10 @@ class Audience:
     def due(self, step: int) -> tuple[Probe, ...]:
         """A step begins: the probes that measure at it."""
         self._steps += 1
-        return self._which("every", step)
+        due = self._which("every", step)
+        for probe in due:
+            probe.count_turn(step)
+        return due
 
     def readers(self, output: Any) -> tuple[Probe, ...]:
         """The probes that read outputs like this one."""

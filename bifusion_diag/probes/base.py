@@ -87,9 +87,16 @@ class Probe:
     period: ClassVar[int] = 1  # steps from one measurement to the next, unless told otherwise
     shared: bool = False  # its numbers are put together with those of other processes, which wait for them
 
+    turn: int = -1  # which of the steps at which the probe is due this one is; the same in a run that was resumed
+
     def __init__(self, *, name: str | None = None, every: int | Schedule | None = None) -> None:
         self.name = name or self.prefix
-        self.every = schedule(self.period if every is None else every)
+        self._every = self.period if every is None else every
+        self.every = schedule(self._every)
+
+    def count_turn(self, step: int) -> None:
+        """A step begins at which the probe is due."""
+        self.turn = self.turn + 1 if callable(self._every) else step // self._every
 
     def attach(self, subject: Subject) -> None:
         """Learn what is measured. Called once, when the Monitor opens."""

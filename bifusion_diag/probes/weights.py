@@ -24,7 +24,7 @@ class WeightsProbe(Probe):
     """Weights as they are when the step begins, with which its first forward is computed.
 
     Reading every weight at every step would be a quarter of what all probes may cost, and norms of weights move slowly
-    (``updates`` tells how slowly): modules take turns. All are measured at the first step.
+    (``updates`` tells how slowly): modules take turns. All are measured at step 0.
 
     A frozen parameter is measured again when PyTorch has counted a change of it, or its memory is another one; a change
     that is not counted, such as through ``.data``, shows after 64 of its module's turns at the latest. Of sharded
@@ -64,20 +64,18 @@ class WeightsProbe(Probe):
         self._nonfinite = [0.0] * count  # where the norm is not finite
         self._versions: list[tuple[int, int] | None] = [None] * count  # None: a lazy one without a shape yet
         self._summing = Slots()
-        self._step = -1
         names = self._owners.names
         self._norm_names = tuple(f"{self.name}/{name}/norm" for name in names)
         self._nonfinite_names = tuple(f"{self.name}/{name}/nonfinite" for name in names)
 
     def begin(self) -> None:
-        self._step += 1
         changed: list[int] = []
         for i, (parameter, slot) in enumerate(zip(self._owners.parameters, self._owners.slots, strict=True)):
             if is_lazy(parameter) or not self._in_turn(slot):
                 continue
             version = parameter._version, parameter.data_ptr()
             # A fused optimiser changes what learns without counting it.
-            if parameter.requires_grad or version != self._versions[i] or (self._step // self.turns + i) % REFRESH == 0:
+            if parameter.requires_grad or version != self._versions[i] or (self.turn // self.turns + i) % REFRESH == 0:
                 self._versions[i] = version
                 changed.append(i)
         measured = [self._owners.parameters[i].detach() for i in changed]
@@ -89,7 +87,7 @@ class WeightsProbe(Probe):
                 self._nonfinite[i] = count_nonfinite(x).item()
 
     def _in_turn(self, slot: int) -> bool:
-        return self._step == 0 or (self._step + slot) % self.turns == 0
+        return self.turn == 0 or (self.turn + slot) % self.turns == 0
 
     def collect(self) -> Iterator[Reading]:
         names, _, slots = self._owners
