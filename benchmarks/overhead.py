@@ -66,7 +66,7 @@ class Workload:
 
     def step(self, monitor: Monitor | None = None) -> None:
         """Forward, backward, update."""
-        block = contextlib.nullcontext() if monitor is None else monitor.step(self.batch, step=0)
+        block = contextlib.nullcontext() if monitor is None else monitor.step(self.batch)
         with block:
             total, terms = self.forward(self.model, self.batch)
             if monitor is not None and terms:

@@ -9,16 +9,17 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from bifusion_diag.probes import Monitor
+import bifusion_diag.probes
+from bifusion_diag.probes import PROBES, Monitor, make_probes
 from bifusion_diag.record import load_run
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def code(page: Path) -> str:
-    """The page's only Python example."""
-    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+def code(page: Path, about: str) -> str:
+    """The page's only Python example with this word in it."""
+    (block,) = [block for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL) if about in block]
     return block
 
 
@@ -38,7 +39,7 @@ def test_the_monitor_example_of_the_readme_records_a_users_model() -> None:
         def forward(self, batch: torch.Tensor) -> torch.Tensor:
             return self.net(batch).square().mean()
 
-    exec(code(ROOT / "README.md"), names | {"model": Model()})
+    exec(code(ROOT / "README.md", "Monitor("), names | {"model": Model()})
     run = load_run("runs/mine/run.json")
     assert (run.status, len(run.steps)) == ("completed", 5)
     assert run.series("grads/net.0/param_norm").value.min() > 0
@@ -47,7 +48,7 @@ def test_the_monitor_example_of_the_readme_records_a_users_model() -> None:
 
 def test_the_probe_example_of_the_docs_measures_what_it_says() -> None:
     names: dict[str, type] = {}
-    exec(code(ROOT / "docs" / "architecture.md"), names)
+    exec(code(ROOT / "docs" / "probes.md", "LogitProbe"), names)
 
     class Output(NamedTuple):
         logits: torch.Tensor
@@ -62,6 +63,26 @@ def test_the_probe_example_of_the_docs_measures_what_it_says() -> None:
             model(torch.tensor([1.0, 3.0]))
         monitor.end_step()
         assert monitor.latest()["logits/mean"] == 2.0
+
+
+def test_probes_are_told_where_to_look_as_the_docs_say() -> None:
+    names = {name: getattr(bifusion_diag.probes, name) for name in bifusion_diag.probes.__all__}
+    exec(code(ROOT / "docs" / "probes.md", "GateProbe("), names)
+    assert [probe.name for probe in make_probes(names["probes"])] == [
+        "grads",
+        "gate",
+        "mixer",
+        "data",
+        "loss_gradients",
+    ]
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_every_number_of_a_probe_is_in_the_docs(name: str) -> None:
+    section = (ROOT / "docs" / "probes.md").read_text().split(f"\n### {name}\n")[1].split("\n### ")[0]
+    rows = dict(re.findall(r"^\| `(.*?)` \| (.*) \|$", section.replace("\\|", "¦"), re.MULTILINE))
+    assert rows.pop(f"{PROBES[name].prefix}/") == "what"
+    assert rows == {key: meaning.replace("|", "¦") for key, meaning in PROBES[name].KEYS.items()}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

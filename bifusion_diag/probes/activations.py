@@ -22,7 +22,10 @@ from bifusion_diag.probes.sampling import SampleRows
 RUNS = 128  # of 16 elements each: the sample of an output
 SAMPLE = "of at most 2048 elements of each tensor, in runs of 16 evenly spaced"
 MARGIN = 0.01  # of the range: an output so near to a limit is saturated
-CHUNK = 1 << 17  # elements that stay in a core's cache between the search for the smallest and that for the largest
+CHUNK = 1 << 16  # elements that stay in a core's cache between the search for the smallest and that for the largest
+TURNS = 4  # steps in which all of a large tensor is read
+LARGE = TURNS * CHUNK  # elements from which it is large
+PART = f"; of a tensor of {LARGE} elements and more on a CPU, every 4th run of {CHUNK}, the next ones at the next step"
 
 KINDS = ("min", "max", "nonfinite", "rms", "zeros")
 
@@ -44,28 +47,39 @@ class ActivationsProbe(Probe):
     do not count, of a sparse tensor only what it stores does. A tensor that several modules hand through is measured
     once. What activation checkpointing runs again is not counted again.
 
+    Reading large outputs whole would be most of what all probes may cost on a CPU: every fourth run of elements is
+    read, and at the next step those behind them. What is not finite seldom stays in one run, as convolutions,
+    normalisations and sums spread it, and the loss and the gradients show it in any case.
+
     Limits are those of Sigmoid, Hardsigmoid, Softmax, Softmax2d, Softmin (0, 1), Tanh, Softsign (-1, 1), Hardtanh and
     ReLU6 (their own); other modules have no ``saturated``.
 
     Args:
         modules: name patterns of the modules that are measured.
+        whole: read large outputs whole.
     """
 
     prefix = "activations"
     KEYS: ClassVar[dict[str, str]] = {
-        "<module>/min": "smallest element; NaN where one is",
-        "<module>/max": "largest element; NaN where one is",
-        "<module>/nonfinite": "number of NaN and infinite elements",
+        "<module>/min": f"smallest element; NaN where one is{PART}",
+        "<module>/max": f"largest element; NaN where one is{PART}",
+        "<module>/nonfinite": "number of NaN and infinite elements; of a large tensor, if min and max meet one",
         "<module>/rms": f"root mean square {SAMPLE}",
         "<module>/zeros": f"share of exact zeros {SAMPLE}",
         "<module>/saturated": f"share within 1 % of the range of a limit {SAMPLE}; only of activations with two limits",
     }
 
     def __init__(
-        self, *, modules: Sequence[str] = ("*",), name: str | None = None, every: int | Schedule | None = None
+        self,
+        *,
+        modules: Sequence[str] = ("*",),
+        whole: bool = False,
+        name: str | None = None,
+        every: int | Schedule | None = None,
     ) -> None:
         super().__init__(name=name, every=every)
         self.modules = tuple(modules)
+        self.whole = whole
 
     def attach(self, subject: Subject) -> None:
         names = watched_outputs(subject, self.modules, leaves=True)
@@ -132,7 +146,7 @@ class ActivationsProbe(Probe):
         if x.element_size() == 1:  # float8 has no arithmetic
             x = x.bfloat16()
         which = len(self._ranges)
-        self._ranges.append(ranges or range_of(x))
+        self._ranges.append(ranges or range_of(x, None if self.whole else self.turn % TURNS))
         self._sizes.append(x.numel())
         rows = self._samples.get(x.device) or self._samples.setdefault(x.device, SampleRows(RUNS, x.device))
         self._rows.append((rows, rows.add(x)))
@@ -212,9 +226,10 @@ def limits_of(module: nn.Module) -> tuple[float, float] | None:
     return next((limits for kind, limits in LIMITS.items() if isinstance(module, kind)), None)
 
 
-def range_of(x: Tensor) -> tuple[Number, Number, Number]:
+def range_of(x: Tensor, turn: int | None = None) -> tuple[Number, Number, Number]:
     """Smallest and largest element, and the number of those that are not finite. On the CPU they are counted only if
-    there are any."""
+    one is met, and of large tensors every fourth run of elements is read, beginning with that of the turn (0..3); all
+    where the turn is None."""
     line = flat(x)
     if x.device.type != "cpu":
         low, high = (x.amin(), x.amax()) if line is None else torch.aminmax(line)
@@ -222,17 +237,18 @@ def range_of(x: Tensor) -> tuple[Number, Number, Number]:
     if line is None:
         least, most = float(x.amin()), float(x.amax())
     elif x.dtype in (torch.float32, torch.float64):
-        least, most = _numpy_range(line.numpy(force=True))
+        least, most = _numpy_range(line.numpy(force=True), turn)
     else:
         low, high = torch.aminmax(line)
         least, most = float(low), float(high)
     return least, most, 0.0 if math.isfinite(least) and math.isfinite(most) else count_nonfinite(x).item()
 
 
-def _numpy_range(x: NDArray[Any]) -> tuple[float, float]:
+def _numpy_range(x: NDArray[Any], turn: int | None) -> tuple[float, float]:
     """Two searches, of which the second finds the elements in the cache, take two thirds of the time of aminmax."""
     lows, highs = [], []
-    for start in range(0, x.size, CHUNK):
+    first, step = (0, CHUNK) if turn is None or x.size < LARGE else (turn * CHUNK, TURNS * CHUNK)
+    for start in range(first, x.size, step):
         chunk = x[start : start + CHUNK]
         lows.append(np.minimum.reduce(chunk))
         highs.append(np.maximum.reduce(chunk))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -12,6 +12,7 @@ from bifusion_diag.probes.attention import AttentionProbe
 from bifusion_diag.probes.base import Probe
 from bifusion_diag.probes.catalogue import make_probes
 from bifusion_diag.probes.clip import ClipProbe
+from bifusion_diag.probes.data import DataProbe
 from bifusion_diag.probes.gate import GateProbe
 from bifusion_diag.probes.losses import LossesProbe
 from bifusion_diag.probes.matching import MatchingProbe
@@ -28,6 +29,7 @@ def _bifusion() -> list[Probe]:
         AttentionProbe(modules=("decoder.*",)),
         MatchingProbe(modules=("criterion",)),
         LossesProbe(modules=("criterion",)),
+        DataProbe(labels={"semantic": (0, 199)}),
     ]
 
 
@@ -47,22 +49,28 @@ def _esam() -> list[Probe]:
 PRESETS: dict[str, Callable[[], list[Probe]]] = {"bifusion": _bifusion, "esam": _esam}
 
 
-def probe_preset(name: str) -> list[Probe]:
-    """Every probe of the catalogue, told where to look in a model with known names::
+def probe_preset(name: str, probes: Sequence[str] = ("all",)) -> list[Probe]:
+    """Probes of the catalogue, told where to look in a model with known names::
 
         Monitor(model, optimizer, probes=probe_preset("esam"))
 
     ``"bifusion"`` serves all models of this package, ``"esam"`` ESAM's. A part that a variant lacks is not recorded.
     ESAM's matcher is no module: before the Monitor is made, call ``expose(model, "criterion.inst_criterion.matcher")``.
 
+    Args:
+        name: of the model.
+        probes: names of probes.
+
     Raises:
         UserError: an unknown name.
     """
     if name not in PRESETS:
         raise UserError(f"unknown preset of probes {name!r}.{near_matches(name, PRESETS)}")
+    found: list[Probe] = []
     told = PRESETS[name]()
-    kinds = {type(probe) for probe in told}
-    return [*(probe for probe in make_probes("all") if type(probe) not in kinds), *told]
+    for probe in make_probes(probes):
+        found += [t for t in told if type(t) is type(probe)] or [probe]
+    return found
 
 
 class Exposed(nn.Module):

@@ -6,6 +6,7 @@ import math
 import shlex
 import shutil
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from bifusion_diag.errors import UserError
 from bifusion_diag.model.build import build_model
 from bifusion_diag.model.checkpoints import load_weights
 from bifusion_diag.model.outputs import LossOutput
-from bifusion_diag.probes import Monitor, make_probes
+from bifusion_diag.probes import Monitor, probe_preset
 from bifusion_diag.probes.ranks import agree, own_rank, world_size
 from bifusion_diag.record import (
     RecordReader,
@@ -92,7 +93,8 @@ def resume_training(out: Path, *, console: Console) -> Run:
     checkpoint = latest_checkpoint(checkpoint_folder(out))
     info = checkpoint.info
     settings = settings_from_dict(info["settings"], str(checkpoint.folder))
-    if checkpoint.step >= settings.training.steps:
+    # A run that was killed after its last checkpoint has no run.json yet: it is closed.
+    if checkpoint.step >= settings.training.steps and out.is_file():
         done = f"all {settings.training.steps} steps of {out} are done"
         raise UserError(f"nothing to resume: {done}. Start a longer run with --steps.")
     with process_group(settings.training.device):
@@ -136,7 +138,7 @@ class Trainer:
     ) -> None:
         training = settings.training
         probes = list(dict.fromkeys([*ALWAYS, *probes]))
-        instruments = make_probes(probes)
+        instruments = probe_preset("bifusion", probes)
         self.settings = settings
         self.out = check_output(out)
         self.console = console if own_rank() == 0 else Console(quiet=True)
@@ -189,9 +191,10 @@ class Trainer:
         }
         tensorboard = TensorBoardSink(out.with_name(f"{out.stem}.tensorboard")) if own_rank() == 0 else None
         resume_at = None if checkpoint is None else checkpoint.step
-        self.writer = RunWriter(out, header, resume_at=resume_at, tensorboard=tensorboard, **part)
         if checkpoint is None and own_rank() == 0:
-            shutil.rmtree(checkpoint_folder(out), ignore_errors=True)  # of an earlier run of this name
+            # Of an earlier run of this name; first, so that no kill leaves them beside the record of this run.
+            shutil.rmtree(checkpoint_folder(out), ignore_errors=True)
+        self.writer = RunWriter(out, header, resume_at=resume_at, tensorboard=tensorboard, **part)
         self.monitor = Monitor(self.model, self.optimizer, instruments, writer=self.writer)
 
     def _initial_weights(self, checkpoint: Checkpoint | None) -> dict[str, Any] | None:
@@ -234,7 +237,8 @@ class Trainer:
             self._save(done)
             measures = measures_to_dict(measure_record(RecordReader(self.writer.folder)))
             self.writer.finish("interrupted" if done < training.steps else "completed", measures=measures)
-        return load_run(self.out if own_rank() == 0 else self.writer.folder)
+        # A full disk leaves no run.json.
+        return load_run(self.out if own_rank() == 0 and self.out.is_file() else self.writer.folder)
 
     def _enter(self, step: int, display: ProgressDisplay) -> None:
         """Put the model into the stage and the schedules of this step."""
@@ -340,7 +344,12 @@ class Trainer:
     def _save(self, done: int) -> None:
         self.monitor.flush()
         info = {**self.info, "grad_norms": self.spikes.previous}
-        save_checkpoint(checkpoint_folder(self.out), done, self.model, self.optimizer, info)
+        try:
+            save_checkpoint(checkpoint_folder(self.out), done, self.model, self.optimizer, info)
+        except (OSError, UserError) as error:  # a full disk ends no training
+            message = f"no checkpoint after {done} steps: {error}"
+            self.writer.event(done, "checkpoint", message)
+            warnings.warn(f"{message}. Training goes on.", RuntimeWarning, stacklevel=2)
 
 
 def _name_of(ranks: Sequence[int]) -> str:

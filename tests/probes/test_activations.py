@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from probe_toys import Give, Sparse, Zoo
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bifusion_diag.probes import ActivationsProbe, Monitor
 from bifusion_diag.probes import activations as module_under_test
-from bifusion_diag.probes.activations import MARGIN, RUNS
+from bifusion_diag.probes.activations import CHUNK, MARGIN, RUNS
 from bifusion_diag.probes.outputs import tensors_of
 
 KEYS = ("min", "max", "nonfinite", "rms", "zeros")
@@ -130,8 +131,8 @@ def test_nothing_to_measure_is_missing() -> None:
     ],
 )
 def test_a_long_output_is_sampled_but_its_range_is_exact(layout: Callable[[Tensor], Tensor]) -> None:
-    x = layout(torch.randn(1500, 512).relu())  # longer than a chunk of the search
-    x[1207, 311], x[1499, 511], x[3, 3] = -77.0, 99.0, 88.0
+    x = layout(torch.randn(400, 512).relu())  # longer than a chunk of the search
+    x[307, 311], x[399, 511], x[3, 3] = -77.0, 99.0, 88.0
     row, wide = row_of(x), x.double()
     assert (row["min"], row["max"], row["nonfinite"]) == (-77.0, 99.0, 0)
     # independent standard normal numbers, of which half are cut to zero; n = 2048: four standard errors
@@ -139,7 +140,7 @@ def test_a_long_output_is_sampled_but_its_range_is_exact(layout: Callable[[Tenso
     assert n == 2048
     assert row["zeros"] == pytest.approx((wide == 0).double().mean().item(), abs=4 * 0.5 / n**0.5)
     assert row["rms"] == pytest.approx(0.5**0.5, rel=4 * 0.5 * (5 / n) ** 0.5)
-    x[700, 5], x[701, 5] = NAN, INF
+    x[300, 5], x[301, 5] = NAN, INF
     row = row_of(x)
     assert math.isnan(row["min"])  # type: ignore[arg-type]
     assert row["nonfinite"] == 2
@@ -179,7 +180,7 @@ def test_saturated(activation: nn.Module, low: float, high: float, rows: int) ->
 def test_what_is_handed_through_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     ranges: list[int] = []
     real = module_under_test.range_of
-    monkeypatch.setattr(module_under_test, "range_of", lambda x: (ranges.append(x.numel()), real(x))[1])
+    monkeypatch.setattr(module_under_test, "range_of", lambda x, *turn: (ranges.append(x.numel()), real(x, *turn))[1])
     model = nn.Sequential(nn.Linear(3, 3), nn.Identity(), nn.Sequential(nn.ELU(inplace=True), nn.Dropout(0.5).eval()))
     row = measured(model, lambda: model(torch.randn(50, 3)))
     assert len(ranges) == 2  # of the linear layer, and after it was changed in place
@@ -199,7 +200,7 @@ def test_the_range_of_a_relu_is_known_from_its_input(
 ) -> None:
     ranges: list[int] = []
     real = module_under_test.range_of
-    monkeypatch.setattr(module_under_test, "range_of", lambda x: (ranges.append(x.numel()), real(x))[1])
+    monkeypatch.setattr(module_under_test, "range_of", lambda x, *turn: (ranges.append(x.numel()), real(x, *turn))[1])
     model, x = nn.Sequential(nn.BatchNorm1d(3).eval(), nn.ReLU(inplace=inplace)), torch.randn(9, 3)
     x[4, 1] = bad
     if meddler:
@@ -271,3 +272,26 @@ def test_steps_of_other_shapes_leave_nothing_behind() -> None:
             row = monitor.latest()
             assert {row[f"activations/{name}/rms"] for name in "ab"} == {2.0}
             assert {row[f"activations/{name}/zeros"] for name in "ab"} == {0.0}
+
+
+def test_runs_of_large_outputs_take_turns() -> None:
+    model = nn.Sequential(nn.Identity())
+    x = torch.zeros(5 * CHUNK + 100)  # of six runs, the fifth and the sixth are read with the first and the second
+    x[:2], x[CHUNK + 1], x[3 * CHUNK], x[-1] = 9.0, -2.0, math.inf, math.nan
+    for whole in (False, True):
+        rows = []
+        with Monitor(model, probes=[ActivationsProbe(whole=whole)]) as monitor:
+            for value in (x, x, x, x, x[: 3 * CHUNK]):
+                with monitor.step():
+                    model(value)
+                monitor.end_step()
+                rows.append([monitor.latest()[f"activations/0/{key}"] for key in ("min", "max", "nonfinite")])
+        if whole:
+            assert all(np.isnan(row[:2]).all() and row[2] == 2 for row in rows[:4])
+        else:
+            assert rows[0] == [0.0, 9.0, 0.0]
+            assert np.isnan(rows[1][:2]).all()
+            assert rows[1][2] == 2  # once one is met, those of the whole tensor are counted
+            assert rows[2] == [0.0, 0.0, 0.0]
+            assert rows[3] == [0.0, math.inf, 2.0]
+        assert rows[4] == [-2.0, 9.0, 0.0]  # not large: read whole
