@@ -143,8 +143,6 @@ class ActivationsProbe(Probe):
         x = numbers(local_part(tensor)).detach()
         if not x.is_floating_point() or not x.numel() or (x.is_meta and not self._meta):
             return None
-        if x.element_size() == 1:  # float8 has no arithmetic
-            x = x.bfloat16()
         which = len(self._ranges)
         self._ranges.append(ranges or range_of(x, None if self.whole else self.turn % TURNS))
         self._sizes.append(x.numel())

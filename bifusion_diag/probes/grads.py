@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from bifusion_diag.probes.base import Probe, Reading, Schedule, Subject
 from bifusion_diag.probes.norms import Number, as_tensor, l2_norms, norm_of, to_float32
@@ -18,7 +19,8 @@ FROZEN, NO_GRADIENT, ZERO, FINITE, NONFINITE = range(5)  # state codes
 
 
 class GradsProbe(Probe):
-    """L2 norms of gradients, as they are when the step's last backward ends: before clipping.
+    """L2 norms of gradients, as they are when the step's last backward ends: before clipping. With several optimisers
+    (a GAN's), as they are when the last backward before its optimiser's step ends.
 
     With several processes they are those of the reduced gradient, the same on all ranks; of sharded parameters (FSDP2),
     of the whole. ``local_norm`` is of the gradient of one process, before DistributedDataParallel's all-reduce: the
@@ -79,6 +81,7 @@ class GradsProbe(Probe):
         self._slots: list[int] = []
         self._local: dict[int, Number] = {}  # by the parameter's id
         self._gradients: tuple[Tensor, list[int]] | None = None
+        self._used: dict[int, Tensor] = {}  # of several optimisers: norms () with which one has stepped, by place
         self._inverse_scale: Tensor | None = None
         self._total: Tensor | None = None
 
@@ -100,14 +103,30 @@ class GradsProbe(Probe):
                 gradients.append(gradient)
         self._gradients = l2_norms(gradients), places
 
+    def after_update(self, optimizer: Optimizer) -> None:
+        if len(self._subject.optimizers) > 1 and self._gradients is not None:
+            stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            pairs = zip(*self._gradients, strict=True)
+            self._used |= {place: norm for norm, place in pairs if id(self._owners.parameters[place]) in stepped}
+
     def collect(self) -> Iterator[Reading]:
         if self._gradients is None:  # no backward was noticed
             self.backward_ended()
+        self._put_back_used()
         if self._owners.names:
             yield from self._of_parameters()
             if self._of_process:
                 yield self._of_this_process()
         yield self._of_outputs()
+
+    def _put_back_used(self) -> None:
+        """Norms with which an optimiser has stepped count, not what the backward of another has made of them."""
+        if self._used and self._gradients is not None:
+            norms, places = self._gradients
+            rest = [row for row, place in enumerate(places) if place not in self._used]
+            used = torch.stack(list(self._used.values()))
+            norms = norms.to(used.device)[self._summing.constant(rest, used.device)]
+            self._gradients = torch.cat([used, norms]), [*self._used, *(places[row] for row in rest)]
 
     def loop_numbers(self) -> dict[str, Tensor]:
         whole_model = "*" in self.modules
@@ -125,7 +144,8 @@ class GradsProbe(Probe):
         slots = [owners[place] for place in places]
         state[slots] = ZERO
         whole = self._shards.whole_norms(norms, places)
-        self._total = self._unscaled(whole[self._summing.constant(list(once.values()), whole.device)].norm())
+        if places:
+            self._total = self._unscaled(whole[self._summing.constant(list(once.values()), whole.device)].norm())
         norms = self._unscaled(self._summing.root_sum_squares(whole, slots, len(state)))
         here = self._summing.constant(state.tolist(), norms.device)
         finite = torch.where(norms > 0, FINITE, ZERO)

@@ -42,6 +42,7 @@ class LossesProbe(Probe):
         super().__init__(name=name, every=every)
         self._finder = TermFinder(modules, fields)
         self._calls: list[tuple[tuple[str, ...], Tensor]] = []  # keys, and their values (K,)
+        self._found = False  # a term, in some step
 
     def attach(self, subject: Subject) -> None:
         self._finder.attach(subject)
@@ -59,6 +60,7 @@ class LossesProbe(Probe):
         found = self._finder.find(call)
         if found is None:
             return
+        self._found = True
         loss, better = found
         if better:
             self._calls = []
@@ -71,6 +73,11 @@ class LossesProbe(Probe):
         device = next(iter(values.values())).device
         packed = torch.stack([value.to(device).double().reshape(()) for value in values.values()])
         self._calls.append((tuple(values), packed))
+
+    def describe(self) -> str | None:
+        """What to do where no loss was found."""
+        told = "where the model does not return it, call monitor.losses({'loss': loss}) before backward()"
+        return None if self._found else f"{self.name}: no loss was found; {told}"
 
     def collect(self) -> Iterator[Reading]:
         if not self._calls:

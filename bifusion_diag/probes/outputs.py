@@ -36,14 +36,17 @@ def raw_tensors(output: Any, depth: int = 6) -> Iterator[Tensor]:
 
 def numbers(tensor: Tensor) -> Tensor:
     """The numbers that a tensor holds, in an ordinary one: the values of a sparse or nested tensor, the real and
-    imaginary parts (..., 2) of a complex one. Without a copy where there is none to sum up or to unpack."""
+    imaginary parts (..., 2) of a complex one, float8, which has no arithmetic, as bfloat16. Without a copy where there
+    is none to sum up or to unpack."""
     if tensor.is_nested:
         tensor = tensor.values()
     elif tensor.layout != torch.strided:
         tensor = _dense(tensor)
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
-    return tensor.dequantize() if tensor.is_quantized else tensor
+    if tensor.is_quantized:
+        return tensor.dequantize()
+    return tensor.bfloat16() if tensor.element_size() == 1 and tensor.is_floating_point() else tensor
 
 
 def _dense(tensor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from bifusion_diag.probes.modules import plain_name
 
 class Owners(NamedTuple):
     """Modules that own parameters. Own are those that a module holds itself, not through children; one that two modules
-    share is there twice."""
+    share is there twice. Integers, as quantised layers pack their weights in, are left out."""
 
     names: tuple[str, ...]
     parameters: tuple[nn.Parameter, ...]
@@ -29,7 +29,7 @@ def owners_of(model: nn.Module, patterns: Iterable[str] = ("*",)) -> Owners:
     slots: list[int] = []
     for path, module in model.named_modules():
         name = plain_name(path)
-        own = [p for p in module._parameters.values() if p is not None]
+        own = [p for p in module._parameters.values() if p is not None and _holds_numbers(p.dtype)]
         if own and matches(name, patterns):
             parameters += own
             slots += [len(names)] * len(own)
@@ -55,6 +55,10 @@ def watched_outputs(subject: Subject, patterns: Iterable[str] = ("*",), leaves: 
 def _owns(module: nn.Module, dimensions: int) -> bool:
     own = (p for p in module._parameters.values() if p is not None)
     return any(is_lazy(p) or p.dim() >= dimensions for p in own)
+
+
+def _holds_numbers(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex
 
 
 class Slots:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from bifusion_diag.probes.base import Probe, Reading, Schedule, Subject
 from bifusion_diag.probes.norms import flat, row_norms, to_float32
+from bifusion_diag.probes.outputs import numbers
 from bifusion_diag.probes.owners import Slots, owners_of
 from bifusion_diag.probes.ranks import Shards, local_part
 from bifusion_diag.probes.sampling import RUN, Samples
@@ -169,12 +170,12 @@ class _Part:
         self.optimizer = optimizer
         self.device = device
         self.ids = [id(p) for p in parameters]
-        dense = [p for p in parameters if flat(local_part(p)) is not None]
-        self.parameters = sorted(dense, key=lambda p: local_part(p).numel() < WIDTH)  # as Samples wants them
+        dense = [p for p in parameters if flat(_held(p)) is not None]
+        self.parameters = sorted(dense, key=lambda p: _held(p).numel() < WIDTH)  # as Samples wants them
         self.done = False  # its optimiser has stepped
         self.with_moments: list[nn.Parameter] = []
-        self._sizes = [local_part(p).numel() for p in self.parameters]
-        wide = any(p.dtype == torch.float64 for p in self.parameters)
+        self._sizes = [_held(p).numel() for p in self.parameters]
+        wide = any(_held(p).dtype == torch.float64 for p in self.parameters)
         self._dtype = torch.float64 if wide else torch.float32
         self._before = Samples(self._sizes, RUNS, device, self._dtype)
         self._after = Samples(self._sizes, RUNS, device, self._dtype)
@@ -182,11 +183,11 @@ class _Part:
 
     def take_before(self) -> None:
         self.done = False
-        self._before.take([local_part(p) for p in self.parameters])
+        self._before.take([_held(p) for p in self.parameters])
 
     def take_after(self) -> None:
         self.done = True
-        self._after.take([local_part(p) for p in self.parameters])
+        self._after.take([_held(p) for p in self.parameters])
         found = [(p, moment) for p in self.parameters if (moment := self._moment(p)) is not None]
         self.with_moments = [p for p, _ in found]
         sizes = [moment.numel() for _, moment in found]
@@ -197,10 +198,10 @@ class _Part:
     def _moment(self, parameter: nn.Parameter) -> Tensor | None:
         """Adam's second moment of a parameter; None for another optimiser's, or one kept elsewhere or packed."""
         moment = self.optimizer.state.get(parameter, {}).get("exp_avg_sq")
-        moment = None if moment is None else local_part(moment)
+        moment = None if moment is None else _held(moment)
         if type(moment) is not Tensor or moment.device != self.device or not moment.is_floating_point():
             return None
-        alike = moment.numel() == local_part(parameter).numel() and (moment.is_contiguous() or flat(moment) is not None)
+        alike = moment.numel() == _held(parameter).numel() and (moment.is_contiguous() or flat(moment) is not None)
         return moment if alike else None
 
     def norms(self, summing: Slots) -> Tensor:
@@ -215,3 +216,8 @@ class _Part:
         rows, inside = self._moments.rows, self._moments.inside
         low, high = torch.where(inside, rows, torch.inf).amin(1), torch.where(inside, rows, -torch.inf).amax(1)
         return torch.stack([low, high]).double()
+
+
+def _held(x: Tensor) -> Tensor:
+    """The numbers of a parameter or its moment that this process holds."""
+    return numbers(local_part(x))

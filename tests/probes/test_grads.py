@@ -174,3 +174,37 @@ def test_sparse_tensors_of_every_kind_hold_their_features(field: str) -> None:
     x = torch.randn(3, 2)
     output = SimpleNamespace(**{field: x}, coords=torch.zeros(3, 4))
     assert [tensor is x for tensor in tensors_of((None, output))] == [True]
+
+
+def test_of_several_optimisers_each_has_the_gradients_it_steps_with() -> None:
+    both = nn.ModuleDict({"g": nn.Linear(4, 4), "d": nn.Linear(4, 1)})
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in both.values()]
+    expected: dict[str, float] = {}
+
+    def update(name: str, loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+        loss.backward()
+        expected[name] = nn.utils.clip_grad_norm_(both[name].parameters(), 1e-3).item()
+        optimizer.step()
+
+    with Monitor(both, optimizers, probes=["grads"]) as monitor:
+        for _ in range(2):
+            with monitor.step():
+                x = torch.randn(3, 4)
+                update("g", both["d"](both["g"](x)).square().mean(), optimizers[0])
+                both.zero_grad()
+                update("d", both["d"](both["g"](x).detach()).mean(), optimizers[1])
+                both.zero_grad()
+            monitor.end_step()
+            row = monitor.latest()
+            assert {name: row[f"grads/{name}/param_norm"] for name in both} == pytest.approx(expected, rel=1e-5)
+            assert row["grads/g/state"] == row["grads/d/state"] == FINITE
+            assert row["train/grad_norm"] == pytest.approx((expected["g"] ** 2 + expected["d"] ** 2) ** 0.5, rel=1e-5)
+
+
+def test_without_a_gradient_there_is_no_norm_of_the_whole() -> None:
+    model = nn.Linear(2, 2)
+    with Monitor(model, probes=["grads"]) as monitor:
+        with monitor.step():
+            model(torch.randn(1, 2))
+        monitor.end_step()
+        assert "train/grad_norm" not in monitor.latest()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bifusion_diag.errors import UserError
 from bifusion_diag.probes import LossesProbe, Monitor
+from bifusion_diag.record import load_run
 
 
 def term(value: float) -> Tensor:
@@ -64,6 +65,21 @@ def test_losses() -> None:
     assert row["loss/semantic/weighted"] == pytest.approx(0.2)
     assert np.isnan(row["loss/instance/weighted"])
     assert row["loss/clip/raw"] == float("inf")
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_loss_that_is_not_found_is_a_note(told: bool, tmp_path: Any) -> None:
+    model = nn.Linear(2, 2)
+    with Monitor(model, probes=["losses"], out=tmp_path) as monitor:
+        for _ in range(3):
+            with monitor.step():
+                loss = model(torch.randn(4, 2)).square().mean()  # as a criterion outside the model does
+                if told:
+                    monitor.losses({"loss": loss})
+                loss.backward()
+    notes = [event.message for event in load_run(tmp_path).events if event.kind == "note"]
+    assert len(notes) == (0 if told else 1)
+    assert all("monitor.losses({'loss': loss})" in note for note in notes)
 
 
 def test_losses_of_several_calls_are_averaged() -> None:
@@ -175,6 +191,13 @@ def test_a_total_with_its_terms_gives_their_weights() -> None:
     plain = SimpleNamespace(loss=term(4.0), logits=torch.ones(2))
     for output in (plain, ModelOutput(loss=term(4.0)), {"loss": term(4.0)}):
         assert row_of(output) == {"loss/total": 4.0, "loss/loss/raw": 4.0, "loss/loss/weighted": 4.0}
+
+
+def test_terms_of_one_row_and_lists_of_terms_are_parts_of_the_total() -> None:
+    single, layers = torch.full((1,), 2.0, requires_grad=True) * 1.0, [term(3.0), term(4.0)]
+    row = row_of({"loss": (single + 0.5 * sum(layers)).sum(), "loss_a": single, "loss_b": layers})
+    raw = {"loss/loss_a/raw": 2.0, "loss/loss_b/raw": 7.0}
+    assert row == {"loss/total": 5.5} | raw | {"loss/loss_a/weighted": 2.0, "loss/loss_b/weighted": 3.5}
 
 
 def test_a_loss_beside_others_that_is_not_their_sum_is_a_term() -> None:

@@ -105,6 +105,25 @@ def test_a_sample_of_an_exact_multiple_is_all() -> None:
     assert row_of(model, [optimiser], optimiser.step)["updates/(root)/ratio"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD])
+def test_complex_parameters(kind: Any) -> None:
+    model = nn.ParameterList([torch.randn(3, 5, dtype=torch.complex64), torch.randn(40, 40, dtype=torch.complex128)])
+    optimiser = kind(model.parameters(), lr=1e-2, foreach=False)
+    before = [p.detach().clone() for p in model]
+
+    def work() -> None:
+        model[0].abs().square().mean().backward()
+        optimiser.step()
+
+    row = row_of(model, [optimiser], work)
+    moved, whole = (model[0].detach() - before[0]).norm(), torch.cat([p.flatten() for p in before])
+    sampled = row["updates/(root)/ratio"]
+    assert sampled == pytest.approx((moved / whole.norm()).item(), rel=0.05)  # of the long one a third is sampled
+    if kind is torch.optim.Adam:
+        second = torch.view_as_real(optimiser.state[model[0]]["exp_avg_sq"])
+        assert row["updates/(root)/second_moment_max"] == pytest.approx(second.max().item())
+
+
 def test_zero_and_bad_weights() -> None:
     model = nn.ParameterDict({k: nn.Parameter(torch.zeros(3)) for k in ("still", "born", "nan", "inf", "gone")})
     wrapped = nn.ModuleDict({key: nn.ParameterList([p]) for key, p in model.items()})

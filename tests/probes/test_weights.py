@@ -61,6 +61,17 @@ def test_bad_and_odd_weights() -> None:
     assert [row[f"weights/{i}/nonfinite"] for i in range(5)] == [2, 0, 0, 0, 1]
 
 
+def test_quantised_weights() -> None:
+    model = nn.ModuleDict({"packed": nn.Module(), "plain": nn.Linear(2, 2), "float8": nn.Module()})
+    model["packed"].weight = nn.Parameter(torch.ones(9, dtype=torch.int8), requires_grad=False)
+    model["float8"].weight = nn.Parameter(torch.tensor([3.0, -4.0]).to(torch.float8_e4m3fn), requires_grad=False)
+    with Monitor(model, probes=["weights"]) as monitor:
+        row = row_of(monitor)
+    plain = torch.cat([p.detach().flatten() for p in model["plain"].parameters()]).norm().item()
+    norms = {name: value for name, value in row.items() if name.endswith("/norm")}
+    assert norms == {"weights/plain/norm": pytest.approx(plain, rel=1e-5), "weights/float8/norm": 5.0}
+
+
 def test_a_frozen_parameter_is_measured_when_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     counts: list[int] = []
     real = module_under_test.norms_of
