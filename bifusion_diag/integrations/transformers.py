@@ -47,11 +47,9 @@ class BiFusionDiagCallback(TrainerCallback):
     ) -> None:
         """Open the record."""
         assert model is not None
-        # Accelerate wraps the optimiser; hooks belong to the one inside.
-        inner = getattr(optimizer, "optimizer", optimizer)
         self.session.open(
             model,
-            [] if inner is None else [inner],
+            [] if optimizer is None else [optimizer],
             folder=args.output_dir or ".",
             settings=args.to_dict(),
             first_step=state.global_step,

@@ -43,13 +43,15 @@ def make_probes(probes: Sequence[str | Probe]) -> list[Probe]:
     """Probes from names and instances; "all" is every one of the catalogue, a repeated name counts once.
 
     Raises:
-        UserError: an unknown name, with the near matches; two probes that would record under the same prefix.
+        UserError: no probe; an unknown name, with the near matches; two probes that would record under the same prefix.
     """
     names: list[str] = []
     given: list[Probe] = []
     for probe in [probes] if isinstance(probes, str) else probes:
         if isinstance(probe, Probe):
             given.append(probe)
+        elif not isinstance(probe, str):
+            raise UserError(f"{probe!r} is no probe; give names of the catalogue, or probes such as GradsProbe()")
         elif probe == "all":
             names.extend(PROBES)
         elif probe in PROBES:

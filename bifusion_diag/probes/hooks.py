@@ -302,6 +302,8 @@ class _AfterForward(_Hook):
             self.due_watchers = tuple(probe for probe in self.watchers if probe in hooks.due)
             self.due_on_gradient = tuple(probe for probe in self.on_gradient if probe in hooks.due)
         in_backward = torch._C._current_graph_task_id() != -1
+        if not in_backward:
+            hooks._backwards.clear()  # one that has raised never tells its end
         if self.notices and torch.is_grad_enabled():
             if in_backward:  # a re-entrant checkpoint: the pass inside begins and ends before this one does
                 hooks.backward_runs()

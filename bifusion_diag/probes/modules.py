@@ -20,7 +20,7 @@ def bare_model(model: nn.Module) -> nn.Module:
 
     Raises:
         UserError: it is replicated by DataParallel, whose replicas live for one forward and cannot be watched; or it is
-            TorchScript.
+            TorchScript; or it is no module.
     """
     if isinstance(model, nn.DataParallel):
         raise UserError(
@@ -29,6 +29,8 @@ def bare_model(model: nn.Module) -> nn.Module:
         )
     while isinstance(model, DistributedDataParallel):
         model = model.module
+    if not isinstance(model, nn.Module):
+        raise UserError(f"a {type(model).__name__} was given as the model; give a torch.nn.Module")
     if isinstance(model, torch.jit.ScriptModule):
         raise UserError("the model is TorchScript, which takes no hooks; give the Monitor the module it was made of")
     return model

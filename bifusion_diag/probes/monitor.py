@@ -68,7 +68,8 @@ class Monitor:
 
     Args:
         model: any module; DistributedDataParallel may be around it, fully_shard may have been applied to it.
-        optimizer: one or several; without, what happens to weights in an update is not measured.
+        optimizer: one or several, also as Accelerate has prepared them; without, what happens to weights in an update
+            is not measured.
         probes: names of the catalogue, "all", or probes.
         out: folder of the record, or a path that ends in .json: it is written there as `bifusion-diag train` does.
         scaler: the GradScaler of mixed precision; gradients are unscaled before they are measured.
@@ -78,7 +79,8 @@ class Monitor:
         block: rows a block. One copy from the device to the host is made for each block.
 
     Raises:
-        UserError: unknown probe, two probes of one name, a DataParallel model, or a place that cannot be written.
+        UserError: unknown probe, two probes of one name, a DataParallel model, no model, no optimiser, or a place that
+            cannot be written.
     """
 
     def __init__(
@@ -301,7 +303,20 @@ class Monitor:
 def _optimizers(given: Optimizer | Iterable[Optimizer] | None) -> tuple[Optimizer, ...]:
     if given is None:
         return ()
-    return (given,) if isinstance(given, Optimizer) else tuple(given)
+    several = isinstance(given, Iterable) and not isinstance(given, Optimizer)
+    return tuple(_that_steps(one) for one in (given if several else (given,)))
+
+
+def _that_steps(optimizer: Any) -> Optimizer:
+    """An optimiser that takes hooks: Accelerate's takes none, and holds one that does."""
+    inner = optimizer
+    while not hasattr(inner, "_optimizer_step_pre_hooks"):
+        inner = getattr(inner, "optimizer", None)
+        if inner is None:
+            kind = type(optimizer).__name__
+            raise UserError(f"a {kind} was given as the optimizer; give a torch.optim.Optimizer, or several of them")
+    assert isinstance(inner, Optimizer)
+    return inner
 
 
 def _size(parameters: Iterable[Tensor]) -> int:

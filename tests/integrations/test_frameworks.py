@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from bifusion_diag.errors import UserError
+from bifusion_diag.probes import Monitor
 from bifusion_diag.record import Run, load_run
 
 STEPS = 6
@@ -199,6 +200,23 @@ def test_lightning_tells_of_an_error(tmp_path: Path) -> None:
     run = load_run(tmp_path / "mine" / "run.json")
     assert (run.status, run.error, len(run.steps)) == ("failed", "RuntimeError: the loader broke", 3)
     assert hooks_of(module) == 0
+
+
+@pytest.mark.filterwarnings("default")
+def test_an_optimizer_of_accelerate() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    model, optimizer = accelerate.Accelerator(cpu=True).prepare(model, optimizer)
+    with Monitor(model, optimizer, probes=["updates"]) as monitor:
+        with monitor.step():
+            model(torch.ones(2, 4)).sum().backward()
+            optimizer.step()
+        monitor.end_step()
+        row = monitor.latest()
+    assert row["updates/skipped"] == 0
+    assert row["train/lr"] == 0.5
+    assert row["updates/(root)/ratio"] > 0  # type: ignore[operator]
 
 
 @pytest.mark.filterwarnings("default")

@@ -407,6 +407,30 @@ def test_two_models_and_two_optimizers_whose_root_is_never_called() -> None:
     assert row["grads/g/param_norm"] > 0  # type: ignore[operator]
 
 
+def test_a_backward_that_raises_and_is_tried_again() -> None:
+    class OutOfMemory(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+            raise RuntimeError("out of memory")
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    optimizer, x = torch.optim.SGD(model.parameters(), lr=0.1), torch.randn(3, 4)
+    with Monitor(model, optimizer, probes=["grads"]) as monitor:
+        with monitor.step():
+            with pytest.raises(RuntimeError, match="out of memory"):
+                model[1](OutOfMemory.apply(model[0](x))).sum().backward()
+            optimizer.zero_grad()
+            model(x).sum().backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1e-3).item()
+            optimizer.step()
+        monitor.end_step()
+        assert monitor.latest()["train/grad_norm"] == pytest.approx(norm, rel=1e-5)  # not what is left by clipping
+
+
 def test_lbfgs() -> None:
     counting = Counting()
 

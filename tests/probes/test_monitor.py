@@ -321,8 +321,18 @@ def test_probes_by_name() -> None:
         make_probes(["grad"])
     with pytest.raises(UserError, match=r"unknown probe 'xyz'\. Known: .*clip, .*gate"):
         make_probes(["xyz"])
+    with pytest.raises(UserError, match="ClipProbe'> is no probe; give names of the catalogue, or probes such as"):
+        make_probes([ClipProbe])  # type: ignore[list-item]
     with pytest.raises(UserError, match="two probes would record under 'clip'"):
         make_probes(["clip", ClipProbe()])
+
+
+def test_what_is_no_model_and_no_optimizer() -> None:
+    model: Any = nn.Linear(2, 2)
+    with pytest.raises(UserError, match=r"a OrderedDict was given as the model; give a torch\.nn\.Module"):
+        Monitor(model.state_dict())
+    with pytest.raises(UserError, match=r"a Parameter was given as the optimizer; give a torch\.optim\.Optimizer"):
+        Monitor(model, model.parameters())
 
 
 def test_no_copy_to_the_host_before_a_block_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
