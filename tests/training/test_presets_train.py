@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from bifusion_diag.config import Settings, preset_names
+from bifusion_diag.probes import PROBES
 from bifusion_diag.record import Run
 from bifusion_diag.training import Trainer
 
@@ -78,9 +79,12 @@ def test_every_preset_trains(preset: str, tiny: Callable[..., Settings], quiet: 
     assert run.provenance.get("clip_weights") == (None if preset in WITHOUT_CLIP else "random")
     assert run.measures["readings"]
     recorded = {name.partition("/")[0] for name in run.names()}
-    assert recorded == {"loss", "train", "grads"} | (
-        set() if preset in WITHOUT_CLIP else {"clip", "projection", "gate"}
-    )
+    of_2d = {"clip", "projection", "gate"}
+    every = {"train"} | {probe.prefix for probe in PROBES.values()}
+    of_instances = (
+        {"matching", "loss_gradients"} if preset == "bifusion-simple" else set()
+    )  # one term, nothing to match
+    assert recorded == every - of_instances - (of_2d if preset in WITHOUT_CLIP else set())
 
     terms = {name.split("/")[1] for name in run.names("loss/") if name.endswith("/raw")}
     assert terms == set(TERMS[preset])
