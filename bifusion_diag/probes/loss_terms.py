@@ -152,16 +152,17 @@ class TermFinder:
         else:
             return None
         terms: dict[str, Tensor] = {}
+        origins: dict[str, Tensor] = {}  # what a total was computed of: of a list, its first entry
         only_losses = all(_is_scalar(value) and value.requires_grad for value in fields.values())
         for key, value in fields.items():
             inside = value.items() if key == "loss_dict" and isinstance(value, Mapping) else ((key, value),)
             for name, entry in inside:
                 if isinstance(name, str) and (only_losses or "loss" in name) and (term := _summed(entry)) is not None:
-                    terms[name] = term
+                    terms[name], origins[name] = term, entry if isinstance(entry, Tensor) else entry[0]
         whole = next((name for name in WHOLE if name in terms), None)
         if whole is not None and len(terms) > 1:
             total, parts = terms[whole], {name: term for name, term in terms.items() if name != whole}
-            weights = self._derivatives(total, parts)
+            weights = self._derivatives(total, {name: origins[name] for name in parts})
             if weights or has_whole or not total.requires_grad:
                 return LossTerms(total, parts, weights)
         return LossTerms(None, terms, dict.fromkeys(terms, 1.0)) if terms else None
@@ -173,7 +174,7 @@ class TermFinder:
             return {}
         with self._subject.paused():
             found = torch.autograd.grad(total, list(asked.values()), retain_graph=True, allow_unused=True)
-        return {name: weight for name, weight in zip(asked, found, strict=True) if weight is not None}
+        return {name: _scalar(weight) for name, weight in zip(asked, found, strict=True) if weight is not None}
 
 
 def _is_scalar(value: Any) -> bool:
