@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -49,7 +49,9 @@ def _esam() -> list[Probe]:
 PRESETS: dict[str, Callable[[], list[Probe]]] = {"bifusion": _bifusion, "esam": _esam}
 
 
-def probe_preset(name: str, probes: Sequence[str] = ("all",)) -> list[Probe]:
+def probe_preset(
+    name: str, probes: Sequence[str] = ("all",), *, labels: Mapping[str, tuple[int, int]] | None = None
+) -> list[Probe]:
     """Probes of the catalogue, told where to look in a model with known names::
 
         Monitor(model, optimizer, probes=probe_preset("esam"))
@@ -60,6 +62,7 @@ def probe_preset(name: str, probes: Sequence[str] = ("all",)) -> list[Probe]:
     Args:
         name: of the model.
         probes: names of probes.
+        labels: of probe `data`, the smallest and the largest class id of fields, instead of the preset's.
 
     Raises:
         UserError: an unknown name.
@@ -68,6 +71,8 @@ def probe_preset(name: str, probes: Sequence[str] = ("all",)) -> list[Probe]:
         raise UserError(f"unknown preset of probes {name!r}.{near_matches(name, PRESETS)}")
     found: list[Probe] = []
     told = PRESETS[name]()
+    if labels is not None:
+        told = [probe for probe in told if not isinstance(probe, DataProbe)] + [DataProbe(labels=labels)]
     for probe in make_probes(probes):
         found += [t for t in told if type(t) is type(probe)] or [probe]
     return found

@@ -48,6 +48,7 @@ def save_checkpoint(
     """Write a checkpoint whole or not at all, and drop all but the newest ones.
 
     Of several processes, all must call it: rank 0 writes, with the random generators of all.
+    Raises OSError or SafetensorError where it cannot be written; the older ones are still there then.
 
     Args:
         parent: the folder of the run's checkpoints.
@@ -69,12 +70,16 @@ def save_checkpoint(
     tensors |= {f"random/{k}": v for k, v in random.items()}
     partial = parent / f".step-{step:06d}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial / "state.safetensors")
     content = {"format_version": FORMAT_VERSION, "step": step, "frozen_digest": _digest(model, frozen), "info": info}
-    (partial / "checkpoint.json").write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(partial, target)
+    try:
+        partial.mkdir(parents=True)
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial / "state.safetensors")
+        (partial / "checkpoint.json").write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # a full disk is not filled further
+        raise
     for old in _by_step(parent)[:-KEEP]:
         shutil.rmtree(old)
     return target

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from torch import Tensor
 
 from bifusion_diag.config import Settings, settings_from_dict
@@ -138,7 +139,8 @@ class Trainer:
     ) -> None:
         training = settings.training
         probes = list(dict.fromkeys([*ALWAYS, *probes]))
-        instruments = probe_preset("bifusion", probes)
+        labels = {"semantic": (0, settings.model.decoder.semantic_classes - 1)}
+        instruments = probe_preset("bifusion", probes, labels=labels)
         self.settings = settings
         self.out = check_output(out)
         self.console = console if own_rank() == 0 else Console(quiet=True)
@@ -234,7 +236,8 @@ class Trainer:
                 where = f" on {_name_of(self.stop.ranks)}" if self.stop.ranks else ""
                 message = f"{self.stop.signal_name}{where} after {done} of {training.steps} steps"
                 self.writer.event(last, "signal", message)
-            self._save(done)
+            if done > self.first_step or not done:  # else it is the checkpoint that the run was resumed from
+                self._save(done)
             measures = measures_to_dict(measure_record(RecordReader(self.writer.folder)))
             self.writer.finish("interrupted" if done < training.steps else "completed", measures=measures)
         # A full disk leaves no run.json.
@@ -287,10 +290,15 @@ class Trainer:
 
     def _evaluated(self, done: int, display: ProgressDisplay) -> dict[str, float]:
         """The metrics of the weights after so many steps; none without an evaluator, or once a signal has come. Of
-        several processes rank 0 evaluates, and the others wait for it in the next step."""
-        if self.evaluator is None or own_rank() != 0:
+        several processes rank 0 evaluates, and the others wait for it."""
+        if self.evaluator is None:
             return {}
-        metrics = self.evaluator.evaluate(self.model, self.device, lambda: bool(self.stop.received))
+        metrics: dict[str, float] = {}
+        if own_rank() == 0:
+            metrics = self.evaluator.evaluate(self.model, self.device, lambda: bool(self.stop.received))
+        # What a signal has cut short is measured by the run that resumes: no rank goes on to the step.
+        verdict = agree([self.stop.received])
+        self.stop.agree(verdict.flags[0], verdict.ranks[0])
         if metrics:
             shown = {"mIoU": "eval/miou", "AP50": "eval/ap50"}
             numbers = [f"{word} {metrics[name]:.4f}" for word, name in shown.items() if name in metrics]
@@ -346,10 +354,10 @@ class Trainer:
         info = {**self.info, "grad_norms": self.spikes.previous}
         try:
             save_checkpoint(checkpoint_folder(self.out), done, self.model, self.optimizer, info)
-        except (OSError, UserError) as error:  # a full disk ends no training
+        except (OSError, SafetensorError) as error:  # a full disk ends no training
             message = f"no checkpoint after {done} steps: {error}"
-            self.writer.event(done, "checkpoint", message)
-            warnings.warn(f"{message}. Training goes on.", RuntimeWarning, stacklevel=2)
+            self.writer.event(done - 1 if done else None, "checkpoint", message)
+            warnings.warn(f"{message}. The run goes on without it.", RuntimeWarning, stacklevel=2)
 
 
 def _name_of(ranks: Sequence[int]) -> str:

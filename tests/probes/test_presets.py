@@ -215,6 +215,16 @@ def test_bifusion() -> None:
     assert row["projection/points"] == len(batch.xyz)
 
 
+def test_the_class_ids_of_a_run_are_those_of_its_settings() -> None:
+    (probe,) = probe_preset("bifusion", ["data"], labels={"semantic": (0, 299)})
+    for ids, strange in ([0, 299, -1], 0), ([300, -2, 5], 2):
+        with Monitor(nn.Linear(1, 1), probes=[probe]) as monitor:
+            with monitor.step({"semantic": torch.tensor(ids)}):
+                pass
+            monitor.end_step()
+            assert monitor.latest()["data/semantic/out_of_range"] == strange
+
+
 class Waits(TorchDispatchMode):
     """Names the operations that would make the host wait for an accelerator; on CPU tensors they are the same."""
 

@@ -81,6 +81,12 @@ def train(
     return told(trainer.run()) | {"weights": weights(trainer), "random": torch.get_rng_state()}
 
 
+def resumed(out: Path) -> dict[str, Any]:
+    """Go on with a run, once rank 0 has written its checkpoint."""
+    gather(None)
+    return told(resume_training(out, console=QUIET))
+
+
 def told(run: Run) -> dict[str, Any]:
     """What is compared of a record."""
     return {
@@ -93,6 +99,26 @@ def told(run: Run) -> dict[str, Any]:
 def send_sigterm_to_rank_1(trainer: Trainer, step: int) -> None:
     if own_rank() == 1 and step == 2:
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def send_sigterm_in_the_second_evaluation(trainer: Trainer, step: int) -> None:
+    if own_rank() == 0 and step == 0:
+        assert trainer.evaluator is not None
+        trainer.evaluator.source = Interrupting(trainer.evaluator.source)
+
+
+class Interrupting:
+    """Scenes of which looking at one is interrupted."""
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source) + 1  # after the signal there is still one to be evaluated
+
+    def __getitem__(self, index: int) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return self.source[0]
 
 
 def plant_nan_at_rank_1(trainer: Trainer, step: int) -> None:
@@ -120,9 +146,16 @@ def runs(folder: Path) -> dict[str, Any]:
             "all": train(folder / "all.json", probes=("all",)),
             "none": train(folder / "none.json"),
             "parts": train(folder / "parts.json", probes=("all",), disturb=send_sigterm_to_rank_1),
-            "resumed": told(resume_training(folder / "parts.json", console=QUIET)),
+            "resumed": resumed(folder / "parts.json"),
             "bad": train(folder / "bad.json", "training.steps=4", disturb=plant_nan_at_rank_1),
             "evaluated": train(folder / "evaluated.json", "evaluation.every=3", "evaluation.scenes=1"),
+            "cut": train(
+                folder / "cut.json",
+                "evaluation.every=3",
+                "evaluation.scenes=1",
+                disturb=send_sigterm_in_the_second_evaluation,
+            ),
+            "whole": resumed(folder / "cut.json"),
             "gradients": gradients(folder),
         }
 

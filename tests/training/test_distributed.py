@@ -119,11 +119,25 @@ def test_rank_0_alone_evaluates_and_writes_what_there_is_one_of(two: Results, fo
     assert "eval/seconds" not in other.names
     assert "train/local_grad_norm" in other.names
     assert different(two[0]["evaluated"]["weights"], two[0]["none"]["weights"]) == []
-    stems = ("all", "bad", "evaluated", "gradients", "none", "parts")
+    stems = ("all", "bad", "cut", "evaluated", "gradients", "none", "parts")
     written = {path.name for path in folder.iterdir() if path.suffix != ".pt"}
     kinds = (".json", ".record", ".rank1.record", ".tensorboard", ".checkpoints")
     assert written == {f"{stem}{kind}" for stem in stems for kind in kinds} - {"gradients.checkpoints"}
     assert load_run(folder / "all.json").header.environment["ranks"] == 2
+
+
+def test_an_evaluation_that_a_signal_cuts_short_is_made_by_the_run_that_resumes(two: Results, folder: Path) -> None:
+    for result in two:
+        assert (result["cut"]["status"], result["cut"]["steps"]) == ("interrupted", [0, 1, 2])
+        assert result["cut"]["events"][-1][:3] == (2, "signal", f"SIGTERM on rank 0 after 3 of {STEPS} steps")
+        assert (result["whole"]["status"], result["whole"]["steps"]) == ("completed", list(range(STEPS)))
+    names = ["eval/alignment", "eval/uniformity", "loss/total"]
+    (whole, gone), (values, other_gone) = (
+        RecordReader(folder / f"{name}.record").columns(names) for name in ("evaluated", "cut")
+    )
+    np.testing.assert_array_equal(values, whole)
+    np.testing.assert_array_equal(gone, other_gone)
+    assert np.flatnonzero(~gone[:, 1]).tolist() == [0, 3, 5]
 
 
 def test_a_run_is_resumed_by_as_many_processes_as_began_it(two: Results, folder: Path) -> None:

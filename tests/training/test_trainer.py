@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import resource
 import signal
 import threading
 from collections.abc import Callable
@@ -158,6 +159,74 @@ def test_checkpoints_are_written_on_the_way_and_the_old_ones_dropped(train: Trai
     train("baseline-5cm", "training.checkpoint_every=1", steps=5)
     names = sorted(path.name for path in (tmp_path / "run.checkpoints").iterdir())
     assert names == ["step-000004", "step-000005"]
+
+
+def test_a_full_disk_costs_checkpoints_and_not_the_run(
+    train: Train, tiny: Callable[..., Settings], quiet: Console, tmp_path: Path
+) -> None:
+    whole = train("baseline-5cm", name="whole")
+    trainer = Trainer(tiny("baseline-5cm", "training.checkpoint_every=1"), tmp_path / "run.json", [], [], quiet)
+    step, limits = trainer._step, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def on_a_full_disk(number: int, display: ProgressDisplay) -> None:
+        step(number, display)
+        if number == 2:  # the record still finds room
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+
+    trainer._step = on_a_full_disk  # type: ignore[method-assign]
+    try:
+        with pytest.warns(RuntimeWarning, match=r"no checkpoint after [34] steps.*goes on without it"):
+            run = trainer.run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (run.status, list(run.steps)) == ("completed", [0, 1, 2, 3])
+    assert [event.step for event in run.events if event.kind == "checkpoint"] == [2, 3]
+    left = sorted(path.name for path in (tmp_path / "run.checkpoints").iterdir())
+    assert left == ["step-000001", "step-000002"]  # nothing half-written, which would fill the disk further
+    resumed = resume_training(tmp_path / "run.json", console=quiet)  # what has no checkpoint is trained again
+    assert values(resumed, "loss/total") == values(whole, "loss/total")
+    assert_same_tensors(weights(tmp_path), weights(tmp_path, "whole"))
+
+
+def test_a_run_killed_after_its_last_checkpoint_is_closed_by_resuming_it(
+    train: Train, tiny: Callable[..., Settings], quiet: Console, tmp_path: Path
+) -> None:
+    whole = train("baseline-5cm", name="whole", probes=("grads",))
+    out = tmp_path / "run.json"
+    child = torch.multiprocessing.get_context("spawn").Process(
+        target=train_and_be_killed, args=(tiny("baseline-5cm"), out), daemon=True
+    )
+    child.start()
+    child.join(120)
+    assert child.exitcode == -signal.SIGKILL
+    assert not out.exists()
+    assert load_run(tmp_path / "run.record").status == "running"
+    newest = tmp_path / "run.checkpoints" / "step-000004" / "state.safetensors"
+    written = newest.stat().st_mtime_ns
+    run = resume_training(out, console=quiet)
+    assert (run.status, list(run.steps)) == ("completed", [0, 1, 2, 3])
+    assert newest.stat().st_mtime_ns == written  # it is there: a kill now must not find it half-replaced
+    assert load_run(out).status == "completed"
+    for name in whole.names():
+        if "seconds" not in name:
+            np.testing.assert_array_equal(values(run, name), values(whole, name), err_msg=name)
+    assert_same_tensors(weights(tmp_path), weights(tmp_path, "whole"))
+    with pytest.raises(UserError, match="nothing to resume: all 4 steps"):
+        resume_training(out, console=quiet)
+
+
+def train_and_be_killed(settings: Settings, out: Path) -> None:
+    """In a process of its own: all steps, the last checkpoint, and then nothing more."""
+    torch.set_num_threads(1)
+    trainer = Trainer(settings, out, ["grads"], [], Console(quiet=True))
+    save = trainer._save
+
+    def save_and_be_killed(done: int) -> None:
+        save(done)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer._save = save_and_be_killed  # type: ignore[method-assign]
+    trainer.run()
 
 
 def test_checkpoints_are_ordered_by_number(tmp_path: Path) -> None:
