@@ -10,7 +10,7 @@ from torchvision.models import resnet50
 class ConvTransformer(nn.Module):
     """ResNet-50 without its head, a 1×1 convolution to 512 channels, six encoder layers over the grid, a linear head.
 
-    43.5 M parameters in 176 leaf modules.
+    43.5 M parameters in 174 leaf modules.
     """
 
     def __init__(self, classes: int = 100) -> None:

@@ -25,6 +25,7 @@ import itertools
 import json
 import math
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,13 +33,13 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.median import interval
 from bifusion_diag.probes import Monitor
 from bifusion_diag.probes.catalogue import PROBES
 from bifusion_diag.probes.ranks import agree
@@ -58,12 +59,9 @@ def make_model() -> nn.Module:
     return nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)
 
 
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Median, and the 95 % interval of it by order statistics."""
-    ordered = sorted(values)
-    half = 0.98 * math.sqrt(len(ordered))
-    low, high = math.floor(len(ordered) / 2 - half), math.ceil(len(ordered) / 2 + half)
-    return float(np.median(ordered)), ordered[max(low, 0)], ordered[min(high, len(ordered) - 1)]
+def middle(values: Sequence[float]) -> tuple[float, float, float]:
+    """Median, and the 95 % interval of it."""
+    return statistics.median(values), *interval(values)
 
 
 @contextmanager
@@ -112,9 +110,9 @@ def train(strategy: str, rounds: int) -> dict[str, Any]:
                 step(True)
             steps = [(step(False), step(True), step(False)) for _ in range(rounds)]
         result[title] = {
-            "bare": interval([first / last for first, _, last in steps]),
-            "watched": interval([2 * watched / (first + last) for first, watched, last in steps]),
-            "seconds": interval([first for first, _, _ in steps])[0],
+            "bare": middle([first / last for first, _, last in steps]),
+            "watched": middle([2 * watched / (first + last) for first, watched, last in steps]),
+            "seconds": middle([first for first, _, _ in steps])[0],
             "sent": sent,
         }
     return result
@@ -144,7 +142,7 @@ def clocked(work: Callable[[], Any], times: int) -> tuple[float, float, float]:
         began = time.perf_counter()
         work()
         measured.append(time.perf_counter() - began)
-    return interval(measured)
+    return middle(measured)
 
 
 def measured(world: int, rounds: int) -> dict[str, Any]:
