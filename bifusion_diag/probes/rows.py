@@ -90,7 +90,8 @@ class Layout:
     ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Values (R, C) and which are missing (R, C), of packed rows (R, n)."""
         device = packed if self._places is None else packed[:, self._places]
-        host = np.asarray([row.host for row in rows], np.float32).reshape(len(rows), -1)
+        with np.errstate(over="ignore"):  # what float32 cannot hold is infinite in the record
+            host = np.asarray([row.host for row in rows], np.float32).reshape(len(rows), -1)
         values = np.concatenate([device, host], axis=1)
         missing = np.zeros(values.shape, bool)
         for i, row in enumerate(rows):
@@ -159,9 +160,11 @@ class RowBlock:
 
     def flush(self) -> None:
         """Write what is there, and return when it is with the operating system."""
+        if self._writer is None:
+            return
+        self._writer.flush()  # a queue that is full would refuse these rows, and whoever flushes can wait
         self._hand_over()
-        if self._writer is not None:
-            self._writer.flush()
+        self._writer.flush()
 
     def _hand_over(self) -> None:
         rows, self._rows = self._rows, []

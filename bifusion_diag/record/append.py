@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -34,6 +35,19 @@ class AppendFile:
             self._file.truncate(self.size)
             raise
         self.size += total
+
+    def check(self, path: Path) -> None:
+        """See that the file at `path` is still this one, and that nobody else has written to it.
+
+        Raises:
+            OSError: it is not.
+        """
+        try:
+            here, there = os.fstat(self._file.fileno()), path.stat()
+        except FileNotFoundError:
+            raise OSError(errno.ESTALE, "the record was removed") from None
+        if not os.path.samestat(here, there) or here.st_size > self.size:
+            raise OSError(errno.ESTALE, "another run records there now")
 
     def close(self) -> None:
         """Close the file. Closing twice is fine."""

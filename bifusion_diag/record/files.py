@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import shutil
 from collections import deque
@@ -49,7 +50,8 @@ class RecordFiles:
     """Writes one record; not to be used by two threads at a time.
 
     Where the disk fails, what was written stays as it was, up to its last whole block. Every later block is tried, and
-    when there is room again, an event tells how many rows are not there.
+    when there is room again, an event tells how many rows are not there. Where another run has taken the folder, or it
+    was removed, nothing is written any more: the rows of two runs must not mix.
 
     Args:
         folder: the .record folder. It is made, and emptied unless a run is resumed there.
@@ -106,7 +108,16 @@ class RecordFiles:
         for histogram in rows.histograms:
             self.histogram(histogram)
 
+    def check(self) -> None:
+        """See that the folder is still that of this run.
+
+        Raises:
+            OSError: it is another's, or gone.
+        """
+        self._events.check(self.folder / EVENTS_FILE)
+
     def _write_rows(self, rows: Rows) -> None:
+        self.check()
         values, missing = rows.values, rows.missing
         if self._stream is None or self._names != list(rows.names):
             values, missing = self._widen(rows)
@@ -133,6 +144,7 @@ class RecordFiles:
     def histogram(self, rows: HistogramRows) -> None:
         """Append rows of a histogram."""
         try:
+            self.check()
             if rows.name not in self._histograms:
                 metadata = {"histogram": rows.name, "edges": json.dumps(rows.edges.tolist())}
                 self._histograms[rows.name] = self._open("histogram", rows.counts.shape[1], metadata)
@@ -151,6 +163,7 @@ class RecordFiles:
 
     def _write_events(self) -> None:
         try:
+            self.check()
             self._events.write(b"".join(self._unwritten))
         except OSError as error:
             self._fail(self.folder / EVENTS_FILE, error)
@@ -171,24 +184,33 @@ class RecordFiles:
     def state(self, header: RunHeader) -> None:
         """Replace the header of the running run."""
         try:
+            self.check()
             self._save_state(header, "running", None, {})
-        except UserError as error:
+        except (OSError, UserError) as error:
             self._fail(self.folder / HEADER_FILE, error)
 
-    def close(self, header: RunHeader, status: str, error: str | None, measures: Mapping[str, Any]) -> None:
-        """Close all files and note how the run ended."""
+    def close(self, header: RunHeader, status: str, error: str | None, measures: Mapping[str, Any]) -> bool:
+        """Close all files and note how the run ended; False where the folder is not this run's any more."""
         self._report_losses()
         self._write_events()
+        ours = True
+        try:
+            self.check()
+        except OSError as failure:
+            ours = False
+            self._fail(self.folder, failure)
         for file in (self._stream, *self._histograms.values(), self._events, self._tensorboard):
             if file is not None:
                 try:
                     file.close()
                 except OSError as failure:  # a network's disk may tell so late
                     self._fail(self.folder, failure)
-        try:
-            self._save_state(header, status, error, measures)
-        except UserError as failure:
-            self._fail(self.folder / HEADER_FILE, failure)
+        if ours:
+            try:
+                self._save_state(header, status, error, measures)
+            except UserError as failure:
+                self._fail(self.folder / HEADER_FILE, failure)
+        return ours
 
     def _show(self, write: Callable[[], None]) -> None:
         """Write TensorBoard events; the first failure ends them."""
@@ -203,9 +225,13 @@ class RecordFiles:
                 sink.close()
 
     def _fail(self, where: Path, error: OSError | UserError) -> None:
-        if not self._warned:
-            self._warned = True
-            reason = (error.strerror or error) if isinstance(error, OSError) else error
+        if self._warned:
+            return
+        self._warned = True
+        reason = (error.strerror or error) if isinstance(error, OSError) else error
+        if isinstance(error, OSError) and error.errno == errno.ESTALE:
+            self.warnings.append(f"{where}: {reason}. Training goes on; what this run still records is lost.")
+        else:
             self.warnings.append(
                 f"{where}: cannot be written ({reason}). Training goes on; the record holds what was written so far, "
                 "and goes on where the disk can be written again."

@@ -224,9 +224,9 @@ class RunWriter:
         if broken is not None:
             stopped = f"recording ended at an error: {type(broken).__name__}: {broken}"
             self._files.event(event_line(Event(None, "record", stopped)))
-        self._files.close(self.header, status, error, measures or {})
+        ours = self._files.close(self.header, status, error, measures or {})
         try:
-            if self.rank == 0:
+            if self.rank == 0 and ours:
                 _, text = reduce_record(RecordReader(self.folder))
                 write_text(self.path, text)
         except UserError as failure:

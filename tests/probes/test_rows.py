@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+import bifusion_diag.record.writer
 from bifusion_diag.errors import UserError
 from bifusion_diag.probes.base import Reading
-from bifusion_diag.probes.rows import RowBlock, pack
+from bifusion_diag.probes.rows import RowBlock, _together, pack
 from bifusion_diag.record import RecordReader, Rows, RunHeader, RunWriter
 
 EDGES = (0.0, 0.5, 1.0)
@@ -31,6 +32,37 @@ def test_a_block_is_written_when_it_is_full_or_old(tmp_path: Path) -> None:
         hasty.add(pack(4, [], {"x": 2.0}))
         writer.flush()
         assert RecordReader(writer.folder).steps.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_whoever_flushes_waits_for_a_slow_disk_and_loses_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bifusion_diag.record.writer, "MAX_WAITING", 1)
+    with RunWriter(tmp_path / "run.json", RunHeader("run")) as writer:
+        reached, go_on = threading.Event(), threading.Event()
+
+        def stand() -> Rows:
+            reached.set()
+            assert go_on.wait(30)
+            return _together([block._keep(pack(0, [], {"x": 0.0}))], [np.zeros(0, np.float32)])
+
+        block = RowBlock(writer, size=1000, seconds=1e9)
+        writer.append_later([0], 0, stand)
+        assert reached.wait(10)
+        writer.append_later([1], 1, lambda: _together([block._keep(pack(1, [], {"x": 1.0}))], [np.zeros(0, "f4")]))
+        block.add(pack(2, [], {"x": 2.0}))
+        threading.Timer(0.2, go_on.set).start()
+        block.flush()  # the queue has no room for it yet
+        assert RecordReader(writer.folder).steps.tolist() == [0, 1, 2]
+
+
+def test_a_number_that_float32_cannot_hold_is_infinite(tmp_path: Path) -> None:
+    with RunWriter(tmp_path / "run.json", RunHeader("run")) as writer:
+        block = RowBlock(writer, size=1)
+        block.add(pack(0, [], {"x": 1e39}))
+        assert block.latest() == {"x": math.inf}
+        writer.flush()
+        assert RecordReader(writer.folder).column("x")[1].tolist() == [math.inf]
 
 
 @pytest.mark.parametrize("size", [1, 7, 32])

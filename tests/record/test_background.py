@@ -1,7 +1,8 @@
-"""The thread that writes: order, a disk that is too slow, and errors that are no disk's."""
+"""The thread that writes: order, a disk that is too slow, errors that are no disk's, a place that another takes."""
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -164,3 +165,41 @@ def test_events_and_rows_come_from_several_threads(tmp_path: Path) -> None:
     run = load_run(tmp_path / "run.json")
     for number in range(4):
         assert [e.message for e in run.events if e.kind == f"thread {number}"] == [str(i) for i in range(50)]
+
+
+@pytest.mark.parametrize("resume_at", [None, 4])
+def test_a_run_whose_place_another_has_taken_writes_nothing_more(tmp_path: Path, resume_at: int | None) -> None:
+    path = tmp_path / "run.json"
+    first = RunWriter(path, RunHeader("first"))
+    first.append([0, 1], {"x": [1.0, 2.0]})
+    first.flush()
+    second = RunWriter(path, RunHeader("second"), resume_at=resume_at)
+    second.append([4, 5], {"x": [40.0, 50.0]})
+    second.flush()
+    lost = "run.record: another run records there now. Training goes on; what this run still records is lost."
+    with pytest.warns(RuntimeWarning, match=lost) as warned:  # noqa: PT031
+        first.append([4, 5], {"x": [4.0, 5.0], "y": [6.0, 7.0]})
+        first.event(5, "note", "of the first")
+        first.finish("failed", "first")
+    assert len(warned) == 1
+    assert not path.exists()  # it is for the other to write
+    second.append([6], {"x": [60.0], "z": [1.0]})
+    second.finish("completed")
+    run = load_run(path)
+    assert (run.header.name, run.status, run.names()) == ("second", "completed", ["x", "z"])
+    expected = ([] if resume_at is None else [1.0, 2.0]) + [40.0, 50.0, 60.0]
+    series = run.series("x")
+    assert series is not None
+    assert series.value.tolist() == expected
+    assert "note" not in {event.kind for event in run.events}
+
+
+def test_a_record_that_was_removed_ends_with_a_warning(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path / "run.json", RunHeader("run"))
+    writer.append([0], {"x": [1.0]})
+    writer.flush()
+    shutil.rmtree(writer.folder)
+    with pytest.warns(RuntimeWarning, match=r"the record was removed\. Training goes on"):  # noqa: PT031
+        writer.append([1], {"x": [1.0]})
+        writer.finish("completed")
+    assert not list(tmp_path.iterdir())
