@@ -5,6 +5,7 @@ Exit codes: 0 fine · 1 the run failed · 2 bad input · 130 interrupted (the re
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
@@ -19,6 +20,8 @@ from bifusion_diag.cli.report import report
 from bifusion_diag.cli.train import train
 from bifusion_diag.cli.watch import watch
 from bifusion_diag.errors import UserError
+
+BAD_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS)  # what a user's path can cause
 
 app = typer.Typer(
     name="bifusion-diag",
@@ -41,5 +44,13 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+        _refuse(str(error))
+    except OSError as error:
+        if error.errno not in BAD_PATH:
+            raise
+        _refuse(f"{error.filename or 'a file'}: {error.strerror}. Give another path.")
+
+
+def _refuse(message: str) -> None:
+    Console(stderr=True).print(f"[bold red]Error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    sys.exit(2)

@@ -12,18 +12,22 @@ from bifusion_diag.cli.output import print_written
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="A run.json, or the .record folder of a run that was killed.")],
+    run: Annotated[
+        Path, typer.Argument(help="A run.json, its folder, or the .record folder of a run that was killed.")
+    ],
     html: Annotated[Path | None, typer.Option(help="Write the HTML report here. Default: beside the record.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write everything that the report shows as JSON.")] = None,
 ) -> None:
     """Report the stability of one run."""
     from bifusion_diag.diagnosis import assess_run, load_measured
+    from bifusion_diag.record import resolve_run
     from bifusion_diag.reports import print_run, write_run
 
     record = load_measured(run)
     assessment = assess_run(record)
     console = Console()
     print_run(console, assessment)
-    where = run if run.name else run.absolute()  # "." has no name
+    where = resolve_run(run)
+    where = where if where.name not in ("", "..") else where.resolve()  # no name of a run
     page = html or where.with_name(f"{where.stem}.report.html")
     print_written(console, write_run(assessment, record, html=page, json=json))

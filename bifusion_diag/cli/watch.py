@@ -28,7 +28,7 @@ def watch(
         Path, typer.Argument(help="A run.json, its .record folder, their folder, or the --out of a run to come.")
     ],
     once: Annotated[bool, typer.Option("--once", help="Print what there is to see now, and end.")] = False,
-    interval: Annotated[float, typer.Option(min=0.05, help="Seconds between two looks.")] = 1.0,
+    interval: Annotated[float, typer.Option(min=0.05, max=3600, help="Seconds between two looks.")] = 1.0,
     window: Annotated[int, typer.Option(min=10, max=100_000, help="Recorded steps that are looked at.")] = 1000,
     top: Annotated[int, typer.Option(min=1, help="Entries of a list.")] = 5,
     timeout: Annotated[
@@ -102,10 +102,12 @@ def _follow(
                 said = words
             else:
                 alone = looked
-                said = ""
                 if once:
                     return _joined(lines(), _ended(path, run))
-                show(lines(console.height) if screen else [status_line(run, now=time.time())])
+                words = status_line(run, now=time.time())
+                if screen or words != said:  # a log needs no line twice
+                    show(lines(console.height) if screen else [words])
+                said = words
                 if run.status != "running" and (_document(path, run).is_file() or time.time() - run.begun > WRITING):
                     return _joined(lines() if screen else [], _ended(path, run))
             time.sleep(max(interval - (time.monotonic() - looked), 0.05))

@@ -214,10 +214,8 @@ def alpha_stuck(context: Context) -> list[Finding] | NotMeasured:
 def gate_saturated(context: Context) -> list[Finding] | NotMeasured:
     """Most of α is at the ends."""
     low, high = context.reading("gate/share_lt_0.05"), context.reading("gate/share_gt_0.95")
-    if isinstance(low, NotMeasured):
-        return low
-    if isinstance(high, NotMeasured):
-        return high
+    if isinstance(low, NotMeasured) or isinstance(high, NotMeasured):
+        return NotMeasured("no finite shares of α at its ends were recorded (probe gate)")
     if (low.value or 0.0) + (high.value or 0.0) <= context.thresholds.saturated_share:
         return []
     evidence = (Evidence("α < .05", low, "gate/share_lt_0.05"), Evidence("α > .95", high, "gate/share_gt_0.95"))

@@ -27,6 +27,7 @@ NOTES = ("stage", "resume", "signal", "note")  # kinds of events that are no inc
 BARS = "▁▂▃▄▅▆▇"  # no full block: lines below each other would grow together
 BAD = "×"  # stands in a sparkline for a value that is not finite
 WIDEST_SPARK = 60
+NARROWEST = 8  # bars in which a course is seen
 SILENCE = 60.0  # seconds without a block that are never remarkable
 STEP_SECONDS = "train/step_seconds"
 EVAL_SECONDS = "eval/seconds"
@@ -208,7 +209,7 @@ def _head(run: RecordFollower, now: float, width: int) -> list[Text]:
     if share is not None:
         percent = f"{math.floor(100 * share)} %"
         room = min(width - len(progress) - len(percent) - 2 * len(GAP), WIDEST_SPARK)
-        if room >= 8:
+        if room >= NARROWEST:
             done = round(room * share)
             line.append(GAP)
             line.append("━" * done)
@@ -299,14 +300,16 @@ def _curves(run: RecordFollower, width: int) -> list[Text]:
     titles = ["last", "min", "max"]
     label_width = min(max(len(span), *(len(row[0]) for row in rows)), max(width // 3, 12))
     columns = [max(len(titles[i]), *(len(row[1][i]) for row in rows)) for i in range(3)]
-    room = min(width - label_width - sum(columns) - 4 * len(GAP), WIDEST_SPARK)
+    while (room := width - label_width - sum(columns) - (len(columns) + 1) * len(GAP)) < NARROWEST and len(columns) > 1:
+        columns.pop()  # the course tells more than the extremes
+    room = min(room, WIDEST_SPARK)
     header = Text.assemble((_start(span, label_width).ljust(label_width), QUIET))
-    for title, size in zip(titles, columns, strict=True):
+    for title, size in zip(titles, columns, strict=False):
         header.append(GAP + title.rjust(size), QUIET)
     lines = [header]
     for label, numbers, values, norm in rows:
         line = Text(_start(label, label_width).ljust(label_width))
-        for i, (shown, size) in enumerate(zip(numbers, columns, strict=True)):
+        for i, (shown, size) in enumerate(zip(numbers, columns, strict=False)):
             bad = i == 0 and not math.isfinite(values[-1])
             line.append(GAP)
             line.append(shown.rjust(size), TROUBLE if bad else QUIET if i else "")
@@ -428,7 +431,7 @@ def _module_rows(rows: Sequence[_Row], width: int) -> Iterator[Text]:
         line.append(value.rjust(now_width), "" if math.isfinite(row.one.now) else TROUBLE)
         line.append(GAP)
         line.append(times.rjust(growth_width), TROUBLE if (row.one.growth or 0.0) > FACTOR else QUIET)
-        if spark >= 8:
+        if spark >= NARROWEST:
             line.append(GAP)
             line.append_text(sparkline(row.one.values, spark, norm=True))
         yield line

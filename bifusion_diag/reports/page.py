@@ -271,7 +271,9 @@ def run_page(assessment: RunAssessment, run: Run) -> Page:
     measures = [
         (key, MeasureRow(_measure_title(key), (reading,), (), definition_of(key).text)) for key, reading in readings
     ]
-    rows = [_module_row(row) for row in assessment.modules[:MODULE_ROWS]]
+    modules = sorted(assessment.modules, key=lambda row: row.median is None)  # a frozen part would fill the first rows
+    rows = [_module_row(row) for row in modules[:MODULE_ROWS]]
+    title = "Gradient norm by module, in execution order; those without a gradient last"
     head = ("module", "median", "largest", "non-finite steps", "update ratio", "state")
     return Page(
         title=assessment.name,
@@ -286,9 +288,7 @@ def run_page(assessment: RunAssessment, run: Run) -> Page:
         timeline=draw_timeline([trace]),
         validation=draw_validation([trace]),
         heatmap=draw_heatmap([trace]),
-        modules=[
-            ModuleTable("Gradient norm by module, in execution order", head, rows, len(assessment.modules) - len(rows))
-        ],
+        modules=[ModuleTable(title, head, rows, len(modules) - len(rows))],
         why=why,
         why_gaps=gaps,
         cost=_cost([trace]),

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from bifusion_diag.record.schema import Series
 
 MAX_VERTICES = 2000
+WINDOW = 21  # of a running median
 
 
 def min_max(
@@ -39,10 +40,15 @@ def bins(length: int, most: int) -> NDArray[np.int64]:
     return np.arange(count) * length // max(count, 1)
 
 
-def running_median(y: NDArray[np.float64], window: int = 21) -> NDArray[np.float64]:
+def running_median(y: NDArray[np.float64], window: int = WINDOW) -> NDArray[np.float64]:
     """Centred running median of the finite values (K,), shorter at the ends; NaN where the window has none."""
     finite = pd.Series(np.where(np.isfinite(y), y, np.nan))
     return finite.rolling(window, center=True, min_periods=1).median().to_numpy()
+
+
+def smoothed(y: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The running median (K,); of fewer than two windows the finite values, as one of nearly all of them is flat."""
+    return running_median(y) if len(y) >= 2 * WINDOW else np.where(np.isfinite(y), y, np.nan)
 
 
 def line(series: Series) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

@@ -19,6 +19,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from bifusion_diag.reports import numbers
 from bifusion_diag.reports.palette import BAND, INK, QUIET, RULE, VARIABLES
 
 WIDTH = 10.4  # inches; 72 units of the SVG's viewBox an inch
@@ -153,12 +154,21 @@ def time_limits(axes: Axes, first: int, last: int) -> None:
 
 
 def log_axis(axis: Axis) -> None:
-    """Plain numbers at a logarithmic axis with final limits; also at 2 and 5 where it spans less than 1.5 decades."""
+    """Plain numbers at a logarithmic axis with final limits; also at 2 and 5 where it spans less than 1.5 decades, and
+    between where less than 0.6."""
     low, high = axis.get_view_interval()
     if high < low * 10**1.5:
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        narrow = high < low * 10**0.6
+        axis.set_major_locator(
+            LogLocator(subs=(1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0) if narrow else (1.0, 2.0, 5.0))
+        )
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
     axis.set_minor_formatter(NullFormatter())
+
+
+def _tick(value: float) -> str:
+    """1 and 0.005 as they are, 10⁻⁵ and 2·10⁻⁵ as tables have them."""
+    return f"{value:g}" if 1e-4 <= value < 1e5 else numbers.text(value).replace(".00·", "·").removeprefix("1·")
 
 
 def end_labels(axes: Axes, labels: Sequence[tuple[str, float, str]], gap: float = 0.1) -> None:

@@ -65,6 +65,14 @@ def test_report_of_one_run_lands_beside_it_and_leaves_the_record_alone(
     assert records[0].read_bytes() == before
 
 
+def test_report_of_a_run_by_its_folder_lies_in_it(command: Command, records: tuple[Path, Path]) -> None:
+    Path("mine").mkdir()
+    Path("mine/run.json").write_bytes(records[0].read_bytes())
+    code, text = command("report", "mine")
+    assert (code, text.splitlines()[-1]) == (0, "report: mine/run.report.html"), text
+    assert Path("mine/run.report.html").is_file()
+
+
 def test_report_of_the_record_folder_that_one_stands_in(
     command: Command, records: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,10 +69,13 @@ def test_waits_for_a_run_follows_it_and_ends_with_it(spawn: Callable[..., subpro
     assert watch.stdout.readline().startswith("waiting for a run to begin at runs/mine.json")
     writer = spawn(sys.executable, "-c", WRITER, "runs/mine.json")
     assert writer.stdin is not None
+    before = ""
     for steps in (80, 160, 240, 320):
         print(file=writer.stdin, flush=True)
         for line in watch.stdout:
             assert line.startswith("mine: running, step ")  # "waiting" is said once
+            assert line != before  # a log has no line twice
+            before = line
             if f"step {steps}/320" in line:
                 break
     print(file=writer.stdin, flush=True)
@@ -154,6 +157,7 @@ def test_a_run_that_ended_without_run_json_is_not_waited_for_long(command: Comma
         (["notes.txt/run.json"], "notes.txt is a file"),
         (["two"], "several runs in this folder: a.record, b.record"),
         (["new.record"], "Update bifusion-diag"),
+        (["x" * 300 + ".json"], "File name too long"),
     ],
 )
 def test_a_bad_path_ends_with_a_message(command: Command, arguments: list[str], words: str) -> None:

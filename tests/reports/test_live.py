@@ -135,12 +135,27 @@ def test_the_modules_that_matter_come_first(writer: RunWriter, recorded: dict[st
 
 
 @pytest.mark.parametrize("width", [30, 60, 80, 119, 120, 240])
-def test_any_width_and_height(writer: RunWriter, width: int) -> None:
+def test_any_width(writer: RunWriter, width: int) -> None:
     run = follow(writer)
     whole = lines_of(run, width)
     assert any("loss/total" in line for line in whole)
     if width >= 60:
         assert any(line.rstrip().endswith(tuple(BARS)) for line in whole if line.startswith("train/lr"))
+
+
+def test_a_narrow_terminal_has_whole_numbers_and_the_course(writer: RunWriter) -> None:
+    wide = row(lines_of(follow(writer), 120), "train/lr")
+    narrow = row(lines_of(follow(writer), 40), "train/lr")
+    assert narrow[0] == wide[0]
+    assert len(narrow) == 2
+    assert len(narrow[1]) >= 8
+    assert set(narrow[1]) <= set(BARS)
+
+
+@pytest.mark.parametrize("width", [30, 60, 80, 119, 120, 240])
+def test_any_height(writer: RunWriter, width: int) -> None:
+    run = follow(writer)
+    whole = lines_of(run, width)
     for height in (3, 12, 24):
         assert lines_of(run, width, height)[:3] == whole[:3]
     assert len(lines_of(run, width, top=1)) < len(whole)

@@ -38,7 +38,7 @@ from bifusion_diag.reports.plots.heatmap import (
     make_grid,
     shared_rows,
 )
-from bifusion_diag.reports.svg import Plot
+from bifusion_diag.reports.svg import Plot, drawing, log_axis
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_a_step_after_an_evaluation_does_not_flatten_the_others(plots: list[Plot
 
 
 def test_the_same_plots_of_a_reduced_record(writer: Callable[..., Run], tmp_path: Path) -> None:
-    run = writer(tmp_path / "r.json", name="r", preset="bifusion", steps=3000)
+    run = writer(tmp_path / "r.json", name="r", preset="bifusion", steps=12_000)
     assert not run.all_series["updates/pool/ratio"].exact
     trace = Trace(run, measure(run), "r", ACCENT)
     drawn = [draw_gradients(trace, "g"), draw_updates(trace, "u"), draw_throughput(trace, "t")]
@@ -242,3 +242,38 @@ def test_the_page_shows_validation_where_there_is_some_and_says_where_there_is_n
     without = render_comparison([compare_runs(baseline, candidate)], baseline, [candidate])
     assert "mIoU and AP50 on validation scenes" not in without
     assert "Not measured: mIoU and AP on validation scenes (train with --evaluate-every)." in without
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [(0.7, 1.8, ["0.8", "1", "1.2", "1.5"]), (3e-6, 2e-5, ["5·10⁻⁶", "10⁻⁵", "2·10⁻⁵"]), (0.5, 2e5, ["1", "10⁵"])],
+)
+def test_a_logarithmic_axis_has_readable_numbers(low: float, high: float, words: list[str]) -> None:
+    with drawing(2) as figure:
+        axes = figure.add_subplot()
+        axes.plot([0, 1], [low, high])
+        axes.set_ylim(low, high)
+        axes.set_yscale("log")
+        log_axis(axes.yaxis)
+        figure.canvas.draw()
+        inside = [
+            label.get_text()
+            for label, place in zip(axes.get_yticklabels(), axes.get_yticks(), strict=True)
+            if low <= place <= high * 1.001
+        ]
+    assert inside == words if len(words) > 2 else set(words) <= set(inside)
+
+
+def test_a_term_that_has_no_gradient_takes_no_place(candidate: Run) -> None:
+    name = next(name for name in candidate.names("loss_gradients/") if name.endswith("/share"))
+    term = name.split("/")[1]
+    zero = Series.from_values(name, candidate.steps, np.zeros(len(candidate.steps)))
+    without = replace(candidate, all_series={**candidate.all_series, name: zero})
+    labels = []
+    for run in (candidate, without):
+        plot = draw_gradients(Trace(run, measure(run), "r", ACCENT), "g")
+        assert plot is not None
+        texts = [item for item in ElementTree.fromstring(plot.svg).iter() if item.tag.endswith("text")]
+        labels.append(["".join(item.itertext()) for item in texts].count(term))  # pairs of terms name it too
+    assert labels[1] == labels[0] - 1
+    assert f"{term} 0" in plot.caption

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bifusion_diag.reports.reduce import min_max, running_median
+from bifusion_diag.reports.reduce import min_max, running_median, smoothed
 
 
 def test_no_spike_is_lost() -> None:
@@ -27,3 +27,12 @@ def test_short_lines_are_kept_as_they_are() -> None:
 def test_running_median_skips_nonfinite_values() -> None:
     smooth = running_median(np.array([1, 2, np.nan, 4, np.inf]), window=3)
     assert smooth == pytest.approx([1.5, 1.5, 3, 4, 4])
+
+
+def test_few_values_are_not_smoothed() -> None:
+    few = np.arange(41.0)
+    few[3] = np.inf
+    np.testing.assert_array_equal(smoothed(few), np.where(few == np.inf, np.nan, few))
+    many = np.arange(42.0)
+    many[20] = 1e9
+    assert smoothed(many)[20] == 21  # median of 10 … 30 with 1e9 in place of 20

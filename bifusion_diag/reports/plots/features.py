@@ -14,7 +14,7 @@ from bifusion_diag.record.schema import Run, Series
 from bifusion_diag.reports.numbers import text
 from bifusion_diag.reports.palette import ACCENT, BASELINE, CATEGORY, NON_FINITE, RULE
 from bifusion_diag.reports.plots.timeline import Trace
-from bifusion_diag.reports.reduce import MAX_VERTICES, bins, line, min_max, running_median
+from bifusion_diag.reports.reduce import MAX_VERTICES, bins, line, min_max, smoothed
 from bifusion_diag.reports.svg import (
     LEFT,
     RIGHT,
@@ -56,7 +56,7 @@ def draw_clip_ranges(trace: Trace, name: str) -> Plot | None:
             _draw_ribbon(axes, run, place)
         if ratio is not None:
             panels[-1].plot(*line(ratio), color=ACCENT, linewidth=0.6, alpha=0.5)
-            panels[-1].plot(*min_max(ratio.steps, running_median(ratio.value)), color=ACCENT, linewidth=1.4)
+            panels[-1].plot(*min_max(ratio.steps, smoothed(ratio.value)), color=ACCENT, linewidth=1.4)
             wide = 0 < (ratio.stats.min or 0) * 5 < (ratio.stats.max or 0)
             if wide:
                 panels[-1].set_yscale("log")
@@ -223,7 +223,7 @@ def draw_terms(trace: Trace, name: str, *, colours: Mapping[str, str] | None = N
         labels = []
         for term in drawn:
             series, colour = trace.run.all_series[terms[term]], colours[term]
-            smooth = running_median(series.value)
+            smooth = smoothed(series.value)
             axes.plot(*line(series), color=colour, linewidth=0.5, alpha=0.35)
             axes.plot(*min_max(series.steps, smooth), color=colour, linewidth=1.4)
             finite = smooth[np.isfinite(smooth)]
@@ -243,7 +243,8 @@ def draw_terms(trace: Trace, name: str, *, colours: Mapping[str, str] | None = N
         return Plot(
             name,
             f"Loss terms, {trace.label}",
-            f"Weighted terms; bold: running median over 21 steps. Mean shares of the loss: {told}.{left_out}",
+            f"Weighted terms; bold: running median of 21 steps, where there are 42. "
+            f"Mean shares of the loss: {told}.{left_out}",
             alt,
             render(figure, name, alt),
             time_axis(axes),

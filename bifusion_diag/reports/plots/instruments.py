@@ -13,7 +13,7 @@ from bifusion_diag.record.schema import Series
 from bifusion_diag.reports.numbers import text
 from bifusion_diag.reports.palette import ACCENT, BASELINE, CATEGORY, QUIET, RULE
 from bifusion_diag.reports.plots.timeline import Trace
-from bifusion_diag.reports.reduce import bins, min_max, running_median
+from bifusion_diag.reports.reduce import WINDOW, bins, min_max, smoothed
 from bifusion_diag.reports.svg import (
     LEFT,
     RIGHT,
@@ -28,7 +28,6 @@ from bifusion_diag.reports.svg import (
 )
 
 BINS = 200
-WINDOW = 21  # measured steps of a running median; of fewer than twice as many there is none
 PAIRS = 4  # of terms that are drawn; the measures have them all
 PHASES = (  # from the bottom: series, label, colour
     ("data", "between steps", CATEGORY[3]),
@@ -99,6 +98,7 @@ def draw_gradients(trace: Trace, name: str, *, colours: Mapping[str, str] | None
     if not shares:
         return None
     colours = {term: CATEGORY[place % len(CATEGORY)] for place, term in enumerate(shares)} | dict(colours or {})
+    drawn = {term: series for term, series in shares.items() if series.stats.max}  # not what is zero at every step
     worst = sorted(cosines, key=lambda pair: cosines[pair].stats.p50 or 0.0)[:PAIRS]
     with drawing(4.4 if worst else 2.7) as figure:
         grid = figure.add_gridspec(
@@ -110,7 +110,7 @@ def draw_gradients(trace: Trace, name: str, *, colours: Mapping[str, str] | None
             axes.set_ylim(*limits)
             axes.grid(axis="y", color=RULE, linewidth=0.5)
             axes.tick_params(labelbottom=axes is panels[-1])
-        _draw_curves(panels[0], {term: (series, colours[term]) for term, series in shares.items()})
+        _draw_curves(panels[0], {term: (series, colours[term]) for term, series in drawn.items()})
         title(panels[0], "Share of the gradient")
         if worst:
             pairs = {"\n/ ".join(pair.split("/")): cosines[pair] for pair in worst}
@@ -140,17 +140,17 @@ def draw_gradients(trace: Trace, name: str, *, colours: Mapping[str, str] | None
 
 
 def _draw_curves(axes: Axes, curves: Mapping[str, tuple[Series, str]], gap: float = 0.12) -> None:
-    """Thin each measured step, bold the running median; steps that were not measured leave no gap."""
+    """Thin each measured step, bold the running median of many; steps that were not measured leave no gap."""
     labels = []
     for words, (series, colour) in curves.items():
         known = np.isfinite(series.value)
         x, y = series.steps[known], series.value[known]
         if not series.exact:  # ends with its last bucket
             x, y = np.append(x, series.last[known][-1:]), np.append(y, y[-1:])
-        few = x.size < 2 * WINDOW
-        smooth = y if few else running_median(y, WINDOW)
+        smooth = smoothed(y)
         axes.plot(*min_max(x, y), color=colour, linewidth=0.5, alpha=0.4)
-        axes.plot(*min_max(x, smooth), color=colour, linewidth=1.5, marker="." if few else None)
+        few = x.size < 2 * WINDOW  # marks that may be all there is, whole also at the axis
+        axes.plot(*min_max(x, smooth), color=colour, linewidth=1.5, marker="." if few else None, clip_on=not few)
         labels.append((words, _last(smooth), colour))
     end_labels(axes, labels, gap=gap)
 

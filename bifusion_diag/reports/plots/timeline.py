@@ -13,7 +13,7 @@ from bifusion_diag.diagnosis.names import NORM, TOTAL
 from bifusion_diag.record.schema import Run
 from bifusion_diag.reports.numbers import text
 from bifusion_diag.reports.palette import BAND, NON_FINITE, QUIET, RULE, SPIKE
-from bifusion_diag.reports.reduce import line, min_max, running_median
+from bifusion_diag.reports.reduce import line, min_max, smoothed
 from bifusion_diag.reports.svg import (
     LEFT,
     RIGHT,
@@ -70,7 +70,8 @@ def draw_timeline(traces: Sequence[Trace]) -> Plot:
         return Plot(
             "timeline",
             "Losses and pre-clip gradient norm",
-            "Thin: each step. Bold: running median of 21 steps. Ticks on top: bad steps, red non-finite, orange spike.",
+            "Thin: each step. Bold: running median of 21 steps, of a run of 42 at least. Ticks on top: bad steps, red "
+            "non-finite, orange spike.",
             alt,
             render(figure, "timeline", alt),
             time_axis(norms),
@@ -109,7 +110,7 @@ def _draw_lines(axes: Axes, traces: Sequence[Trace], name: str) -> None:
             continue
         x, y = line(series)
         axes.plot(x, y, color=trace.colour, linewidth=0.6, alpha=0.5)
-        smooth = min_max(series.steps, running_median(series.value))
+        smooth = min_max(series.steps, smoothed(series.value))
         axes.plot(*smooth, color=trace.colour, linewidth=1.5)
     positive = all((series := trace.run.series(name)) is None or (series.stats.min or 0) > 0 for trace in traces)
     if name == NORM and positive:
@@ -140,7 +141,7 @@ def _draw_stages(panels: Sequence[Axes], run: Run, last: int) -> None:
 
 def _last(run: Run, name: str) -> float:
     series = run.series(name)
-    smooth = np.zeros(0) if series is None else running_median(series.value)
+    smooth = np.zeros(0) if series is None else smoothed(series.value)
     finite = smooth[np.isfinite(smooth)]
     return float(finite[-1]) if finite.size else float("nan")
 
