@@ -23,7 +23,15 @@ from bifusion_diag.probes.loss_terms import TOLD, LossTerms
 from bifusion_diag.probes.modules import bare_model, measured_modules, plain_name
 from bifusion_diag.probes.ranks import own_rank, world_size
 from bifusion_diag.probes.rows import RowBlock, pack
-from bifusion_diag.record import ModuleInfo, RunHeader, RunWriter, TensorBoardSink, collect_environment
+from bifusion_diag.record import (
+    ModuleInfo,
+    RunHeader,
+    RunWriter,
+    TensorBoardSink,
+    collect_environment,
+    record_folder,
+)
+from bifusion_diag.record.reader import HEADER_FILE
 
 
 class Monitor:
@@ -74,7 +82,8 @@ class Monitor:
         out: folder of the record, or a path that ends in .json: it is written there as `bifusion-diag train` does.
         scaler: the GradScaler of mixed precision; gradients are unscaled before they are measured.
         settings: of the run, for the record: two runs are compared by them too.
-        first_step: number of the first step block.
+        first_step: number of the first step block. After 0, the record that is at `out` goes on there; from 0 it is
+            replaced.
         writer: where rows go instead of `out`; its owner finishes it. With neither, only the latest row is kept.
         block: rows a block. One copy from the device to the host is made for each block.
 
@@ -159,7 +168,9 @@ class Monitor:
         )
         rank = own_rank()
         tensorboard = TensorBoardSink(path.with_name(f"{path.stem}.tensorboard")) if rank == 0 else None
-        return RunWriter(path, header, tensorboard=tensorboard, rank=rank, ranks=world_size())
+        goes_on = self._next > 0 and (record_folder(path, rank) / HEADER_FILE).is_file()
+        resume_at = self._next if goes_on else None
+        return RunWriter(path, header, resume_at=resume_at, tensorboard=tensorboard, rank=rank, ranks=world_size())
 
     def _part_sizes(self) -> dict[str, dict[str, int]]:
         """Parameters of the model's children: all, and those that learn."""
@@ -303,8 +314,9 @@ class Monitor:
 def _optimizers(given: Optimizer | Iterable[Optimizer] | None) -> tuple[Optimizer, ...]:
     if given is None:
         return ()
-    several = isinstance(given, Iterable) and not isinstance(given, Optimizer)
-    return tuple(_that_steps(one) for one in (given if several else (given,)))
+    if isinstance(given, Optimizer) or not isinstance(given, Iterable):
+        return (_that_steps(given),)
+    return tuple(map(_that_steps, given))
 
 
 def _that_steps(optimizer: Any) -> Optimizer:

@@ -327,6 +327,28 @@ def test_probes_by_name() -> None:
         make_probes(["clip", ClipProbe()])
 
 
+def test_a_loop_that_goes_on_keeps_the_steps_before(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+
+    def loop(first: int, steps: int) -> None:
+        with Monitor(model, probes=["weights"], out=tmp_path, first_step=first) as monitor:
+            for _ in range(steps):
+                with monitor.step():
+                    model(torch.ones(1, 2))
+
+    loop(5, 2)  # nothing is there to go on with
+    assert load_run(tmp_path).steps.tolist() == [5, 6]
+    loop(0, 4)
+    first = load_run(tmp_path)
+    loop(3, 2)
+    again = load_run(tmp_path)
+    assert again.steps.tolist() == [0, 1, 2, 3, 4]
+    assert again.header.run_id == first.header.run_id
+    assert [event.step for event in again.events if event.kind == "resume"] == [3]
+    loop(0, 1)
+    assert load_run(tmp_path).steps.tolist() == [0]
+
+
 def test_what_is_no_model_and_no_optimizer() -> None:
     model: Any = nn.Linear(2, 2)
     with pytest.raises(UserError, match=r"a OrderedDict was given as the model; give a torch\.nn\.Module"):
