@@ -160,7 +160,7 @@ class Monitor:
     def _make_writer(self, out: Path) -> RunWriter:
         path = out if out.suffix == ".json" else out / "run.json"
         header = RunHeader(
-            name=out.stem,
+            name=out.stem if path is out else out.absolute().name,
             settings=self._settings,
             environment=collect_environment() | {"threads": torch.get_num_threads()},
             parameters=self._part_sizes(),

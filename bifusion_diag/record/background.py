@@ -54,6 +54,7 @@ class Background:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        self.wait()  # a join that Ctrl-C has ended does not wait again (CPython < 3.13)
         self._thread.join()
 
     def take_error(self) -> BaseException | None:

@@ -102,7 +102,11 @@ class RunWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:
-            self.finish("completed")
+            try:
+                self.finish("completed")
+            except KeyboardInterrupt:  # costs nothing the first time; the second time it ends the wait for the disk
+                self.finish("completed")
+                raise
             return
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         try:
@@ -216,8 +220,8 @@ class RunWriter:
         assert status in STATUSES[1:], status
         if self._finished:
             return
+        self._thread.close()  # Ctrl-C may end it; whoever calls again waits again
         self._finished = True
-        self._thread.close()
         if self._dropped:
             self._files.lose(self._dropped, TOO_SLOW)
         broken = self._thread.take_error()

@@ -251,6 +251,14 @@ def test_an_exception_leaves_earlier_rows_and_no_hooks(tmp_path: Path) -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize(("out", "name"), [("lr1e-3.5", "lr1e-3.5"), ("a.json", "a"), (".", None)])
+def test_a_run_is_named_by_its_place(out: str, name: str | None) -> None:
+    with Monitor(nn.Linear(2, 2), probes=["grads"], out=out):
+        pass
+    record = Path(out) if out.endswith(".json") else Path(out, "run.json")
+    assert load_run(record).header.name == (name or Path.cwd().name)
+
+
 def test_a_probe_that_cannot_attach_leaves_no_hooks() -> None:
     class Bad(Probe):
         prefix = "bad"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import threading
 import time
 from pathlib import Path
@@ -203,3 +205,17 @@ def test_a_record_that_was_removed_ends_with_a_warning(tmp_path: Path) -> None:
         writer.append([1], {"x": [1.0]})
         writer.finish("completed")
     assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_while_the_end_waits_for_the_disk_costs_nothing(tmp_path: Path) -> None:
+    def slow() -> Rows:
+        time.sleep(0.2)  # by now the main thread waits
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        return rows(0, 1)
+
+    with pytest.raises(KeyboardInterrupt), RunWriter(tmp_path / "run.json", RunHeader("run")) as writer:  # noqa: PT012
+        writer.append_later([0, 1], 500, slow)
+        writer.append_later([2], 500, lambda: rows(2))
+    run = load_run(tmp_path / "run.json")
+    assert (run.status, run.steps.tolist()) == ("completed", [0, 1, 2])
