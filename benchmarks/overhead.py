@@ -11,8 +11,8 @@ in the line "bare, again" what pure noise does to the same numbers. Seconds are 
 writer's thread included; the clock's ratios stand beside them. Rows are written by blocks of 32, to the record and as
 TensorBoard events: what such a block costs is timed apart, and a 32nd of it added to the step's CPU time.
 
-`--memory` measures peak memory instead, each way in a process of its own, and `--record` the bytes that a recorded
-number takes.
+`--memory` measures peak memory instead, each way in a process of its own. What a recorded number takes on disk is
+measured by `python -m benchmarks.record_size`.
 
 Ways: bare · each probe · grads+losses · all (without loss_gradients, whose extra backward passes are priced apart:
 loss_gradients is timed at a step at which it is due) · naive (a hook a module with one .item() for each output and each

@@ -49,7 +49,8 @@ class ActivationsProbe(Probe):
 
     Reading large outputs whole would be most of what all probes may cost on a CPU: every fourth run of elements is
     read, and at the next step those behind them. What is not finite seldom stays in one run, as convolutions,
-    normalisations and sums spread it, and the loss and the gradients show it in any case.
+    normalisations and sums spread it, and the loss and the gradients show it in any case. Half precision, and tensors
+    whose memory has gaps, are read whole.
 
     Limits are those of Sigmoid, Hardsigmoid, Softmax, Softmax2d, Softmin (0, 1), Tanh, Softsign (-1, 1), Hardtanh and
     ReLU6 (their own); other modules have no ``saturated``.
