@@ -6,6 +6,7 @@ Exit codes: 0 fine · 1 the run failed · 2 bad input · 130 interrupted (the re
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 
@@ -41,6 +42,9 @@ app.command("params")(params)
 def main() -> None:
     """Run the command line; bad input ends with a message and exit code 2, never with a traceback."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads starve a shared machine
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a pipe that knows no α
     try:
         app()
     except UserError as error:

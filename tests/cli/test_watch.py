@@ -197,6 +197,15 @@ def test_on_a_terminal_it_has_a_screen_of_its_own_and_ctrl_c_gives_it_back() -> 
     assert output.index(b"\x1b[?1049h") < output.index(b"room_1") < output.index(b"\x1b[?1049l")
 
 
+def test_a_pipe_that_knows_ascii_alone_gets_what_it_can_show() -> None:
+    writer = write(Path("run.json"))
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([*WATCH, "run.json", "--once"], capture_output=True, env=environment, timeout=30, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"step 40 of 100  ????" in done.stdout
+    writer.finish("completed")
+
+
 def test_it_is_quick_to_start_and_loads_no_torch(spawn: Callable[..., subprocess.Popen[str]]) -> None:
     writer = write(Path("run.json"))
     program = (
