@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import importlib.util
 import itertools
 import json
@@ -212,8 +213,7 @@ def wandb_watch(log: str) -> Way:
 
     @contextmanager
     def watch(work: Workload) -> Iterator[None]:
-        import wandb
-
+        wandb: Any = importlib.import_module("wandb")
         with tempfile.TemporaryDirectory() as folder:
             run = wandb.init(mode="offline", dir=folder, settings=wandb.Settings(silent=True))
             wandb.watch(work.model, log=log, log_freq=1)
