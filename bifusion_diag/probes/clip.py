@@ -12,17 +12,16 @@ from bifusion_diag.probes.base import Call, Schedule, matches
 from bifusion_diag.probes.fields import FieldProbe, Key
 from bifusion_diag.probes.outputs import tensors_of
 
-QUANTILE_ELEMENTS = 1 << 20  # at most so many elements enter the quantile
+SAMPLE_ELEMENTS = 1 << 18
+_SAMPLE = f"of {SAMPLE_ELEMENTS} elements, in evenly spaced rows"
 
 RANGES = {
     "min": Key("min", "smallest finite value"),
     "max": Key("max", "largest finite value"),
     "absmax": Key("max", "largest finite magnitude"),
-    "p99.9": Key(
-        "max", f"99.9 % of magnitudes are at most this; of {QUANTILE_ELEMENTS} elements, evenly spaced by row"
-    ),
-    "share_gt_10": Key("mean", "share of finite elements with |x| > 10"),
-    "norm_mean": Key("mean", "mean L2 norm of a feature vector, over its finite elements"),
+    "p99.9": Key("max", f"99.9 % of magnitudes are at most this; {_SAMPLE}"),
+    "share_gt_10": Key("mean", f"share of finite elements with |x| > 10; {_SAMPLE}"),
+    "norm_mean": Key("mean", f"mean L2 norm of a feature vector, over its finite elements; {_SAMPLE}"),
     "nonfinite": Key("sum", "number of NaN and infinite elements"),
 }
 WHERE = ("tokens", "head", "points")
@@ -94,58 +93,48 @@ def feature_ranges(x: Tensor, rows: Tensor | None) -> list[Tensor]:
         () tensors; NaN where no element counts.
     """
     nothing = torch.full((), torch.nan, dtype=torch.float64, device=x.device)
-    on_cpu = x.device.type == "cpu"  # there, asking for a value and selecting rows cost no synchronisation
-    norms = torch.linalg.vector_norm(x, dim=1)
-    healthy = on_cpu and bool(norms.isfinite().all())
-    nonfinite = torch.zeros(()) if healthy else (~x.isfinite()).sum()
-    if on_cpu and rows is not None:
-        x, norms, rows = x[rows], norms[rows], None
-    keep: Tensor | None = None  # elements that count, None where all of them do
-    if not healthy or rows is not None:
-        keep = x.isfinite() if rows is None else x.isfinite() & rows[:, None]
     if not x.numel():
-        return [*[nothing] * 6, nonfinite]
-    if keep is None:
-        count = torch.full((), x.numel(), dtype=torch.float64, device=x.device)
-        low, high = x.aminmax()
-        return [
-            low,
-            high,
-            torch.maximum(-low, high),
-            _quantile(x.abs(), None),
-            _share(x, count),
-            norms.mean(),
-            nonfinite,
-        ]
-    count = keep.sum()
-    low, high = torch.where(keep, x, torch.inf).amin(), torch.where(keep, x, -torch.inf).amax()
-    clean = torch.where(keep, x, 0.0)
-    values = [
-        low,
-        high,
-        torch.maximum(-low, high),
-        _quantile(clean.abs(), keep),
-        _share(clean, count),
-        _norm_mean(clean, rows),
-    ]
-    return [*[torch.where(count > 0, value.double(), nothing) for value in values], nonfinite]
+        return [*[nothing] * 6, torch.zeros((), device=x.device)]
+    low, high, nonfinite = _extremes(x, rows)
+    few, counted = _sample(x, rows)
+    keep = few.isfinite() & counted[:, None]
+    clean = few.masked_fill(~keep, 0.0)
+    values = [low, high, torch.maximum(-low, high), _quantile(clean.abs(), keep), (clean.abs() > 10).sum() / keep.sum()]
+    there = low <= high  # else no element counts
+    return [*[torch.where(there, value.double(), nothing) for value in [*values, _norm_mean(x, rows)]], nonfinite]
 
 
-def _share(x: Tensor, count: Tensor) -> Tensor:
-    return (x.abs() > 10).sum() / count
+def _extremes(x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Smallest and largest finite element of the rows that count, and the number of non-finite ones of all rows."""
+    low, high = x.aminmax(dim=1)
+    if x.device.type == "cpu" and bool((low.isfinite() & high.isfinite()).all()):  # no synchronisation on the CPU
+        nonfinite = torch.zeros(())
+    else:
+        finite = x.isfinite()
+        nonfinite = (~finite).sum()
+        low, high = torch.where(finite, x, torch.inf).amin(1), torch.where(finite, x, -torch.inf).amax(1)
+    if rows is not None:
+        low, high = low.masked_fill(~rows, torch.inf), high.masked_fill(~rows, -torch.inf)
+    return low.amin(), high.amax(), nonfinite
+
+
+def _sample(x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Evenly spaced rows of x, and which of them count."""
+    stride = -(-x.numel() // SAMPLE_ELEMENTS)
+    few = x[::stride]
+    return few, torch.ones(len(few), dtype=torch.bool, device=x.device) if rows is None else rows[::stride]
 
 
 def _norm_mean(x: Tensor, rows: Tensor | None) -> Tensor:
-    """Mean L2 norm of the rows that count, over finite elements; NaN where there is none."""
-    norms = torch.linalg.vector_norm(torch.where(x.isfinite(), x, 0.0), dim=1, dtype=torch.float64)
-    return norms.mean() if rows is None else torch.where(rows, norms, 0.0).sum() / rows.sum()
+    """Mean L2 norm of the sampled rows that count, over finite elements; NaN where there is none."""
+    few, counted = _sample(x, rows)
+    norms = torch.linalg.vector_norm(few.masked_fill(~few.isfinite(), 0.0), dim=1, dtype=torch.float64)
+    return torch.where(counted, norms, 0.0).sum() / counted.sum()
 
 
-def _quantile(magnitudes: Tensor, keep: Tensor | None) -> Tensor:
-    """The magnitude that floor(n/1000) of the n that count exceed, from the largest thousandth alone: torch.quantile
-    sorts everything and refuses more than 16 million elements. Magnitudes (R, C) are 0 where they do not count."""
-    stride = -(-magnitudes.numel() // QUANTILE_ELEMENTS)
-    sample = magnitudes[::stride].reshape(-1)
-    count = torch.full((), sample.numel(), device=sample.device) if keep is None else keep[::stride].sum()
-    largest = torch.topk(sample, sample.numel() // 1000 + 1).values
-    return largest.gather(0, (count // 1000)[None])[0]
+def _quantile(magnitudes: Tensor, keep: Tensor) -> Tensor:
+    """The magnitude that floor(n/1000) of the n that count exceed, from the largest thousandth alone, as torch.quantile
+    sorts everything. Magnitudes (R, C) are 0 where they do not count; NaN where none does."""
+    largest = torch.topk(magnitudes.reshape(-1), magnitudes.numel() // 1000 + 1).values
+    count = keep.sum()
+    return largest.gather(0, (count // 1000)[None])[0].where(count > 0, torch.nan)

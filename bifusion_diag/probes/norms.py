@@ -49,7 +49,7 @@ def norm_of(x: Tensor) -> Number:
         return torch.linalg.vector_norm(x, dtype=torch.float64)
     if x.dtype == torch.float32:
         norm = _float32_norm(x)
-        if SAFE[0] < norm < SAFE[1]:
+        if SAFE[0] < norm < SAFE[1] or (norm == 0 and not x.any()):
             return norm
     elif x.dtype in HALF:
         norm = float(torch.linalg.vector_norm(x, dtype=torch.float32))

@@ -12,7 +12,7 @@ from torch import nn
 
 from bifusion_diag.errors import UserError
 from bifusion_diag.probes import ClipProbe, GateProbe, Monitor, Probe, ProjectionProbe
-from bifusion_diag.probes.clip import QUANTILE_ELEMENTS
+from bifusion_diag.probes.clip import SAMPLE_ELEMENTS
 from bifusion_diag.probes.gate import bin_counts
 
 
@@ -82,12 +82,13 @@ def test_clip_without_a_valid_point_or_a_finite_value() -> None:
     assert row_of("clip", [("encoder", Encoded(None, torch.ones(5, 3), None))]) == {}  # a 3D-only encoder
 
 
-def test_clip_quantile_of_many_elements_is_of_a_sample() -> None:
-    x = torch.randn(3 * QUANTILE_ELEMENTS // 64, 64)
+def test_clip_ranges_of_many_elements_are_exact_and_the_rest_of_a_sample() -> None:
+    x = torch.randn(3 * SAMPLE_ELEMENTS // 64, 64)
     row = row_of(ClipProbe(), [("tower", {"tokens": x})])
     sample = np.sort(np.abs(x[::3].numpy()), axis=None)
     assert row["clip/tokens/p99.9"] == sample[sample.size - 1 - sample.size // 1000]
     assert row["clip/tokens/absmax"] == x.abs().max().item()
+    assert row["clip/tokens/norm_mean"] == pytest.approx(x[::3].norm(dim=1).mean().item(), rel=1e-6)
 
 
 def test_projection() -> None:
