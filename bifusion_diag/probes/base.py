@@ -6,11 +6,13 @@ import fnmatch
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 Schedule = Callable[[int], bool]
@@ -156,6 +158,36 @@ class Probe:
     def describe(self) -> str | None:
         """What the probe has chosen to measure by itself; recorded as an event whenever it changes."""
         return None
+
+
+class Recorder(Protocol):
+    """What judges a step before its update: :class:`~bifusion_diag.replay.FlightRecorder`. A step calls begin with its
+    batch, before_update, and end or failed. Whatever it runs again is run while the Monitor is paused."""
+
+    sentinel: Probe  # measures what the step is judged by
+
+    def open(
+        self,
+        model: nn.Module,
+        optimizers: tuple[Optimizer, ...],
+        scaler: GradScaler | None,
+        paused: Callable[[], AbstractContextManager[None]],
+        folder: Path | None,
+        event: Callable[[int, str, str, dict[str, Any]], None],
+    ) -> None:
+        """The Monitor opens."""
+
+    def begin(self, number: int, batch: Any) -> None:
+        """A step begins."""
+
+    def before_update(self, optimizer: Optimizer) -> None:
+        """An optimiser is about to step."""
+
+    def end(self) -> None:
+        """The step block ends."""
+
+    def failed(self, error: BaseException) -> None:
+        """The step block has raised."""
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

@@ -29,10 +29,13 @@ class Hooks:
 
     Args:
         audience: the probes.
+        before_update: called after the probes when an optimiser is about to step, the first time that it does so in a
+            step; what it raises ends the step.
     """
 
-    def __init__(self, audience: Audience) -> None:
+    def __init__(self, audience: Audience, before_update: Callable[[Optimizer], None] | None = None) -> None:
         self.audience = audience
+        self._guard = before_update
         self.order: dict[str, int] = {}  # module name → rank by first execution
         self.active = False  # a step is measured, by some probe, and not paused
         self.due: tuple[Probe, ...] = ()  # the same object while the same probes are due
@@ -243,6 +246,8 @@ class Hooks:
                 self._noticed = True
                 self._finish_backward()
                 self.audience.tell(self.due, "before_update", optimizer)
+                if self._guard is not None:
+                    self._guard(optimizer)
 
     def _after_update(self, optimizer: Optimizer, *_: Any) -> None:
         if self.active and id(optimizer) in self._updating:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from bifusion_diag.errors import UserError
 from bifusion_diag.probes.audience import Audience
-from bifusion_diag.probes.base import Call, Probe, Reading, Subject
+from bifusion_diag.probes.base import Call, Probe, Reading, Recorder, Subject
 from bifusion_diag.probes.catalogue import make_probes
 from bifusion_diag.probes.hooks import Hooks
 from bifusion_diag.probes.loss_terms import TOLD, LossTerms
@@ -86,6 +86,8 @@ class Monitor:
             replaced.
         writer: where rows go instead of `out`; its owner finishes it. With neither, only the latest row is kept.
         block: rows a block. One copy from the device to the host is made for each block.
+        recorder: judges every step before its update and takes a bad one apart: a
+            :class:`~bifusion_diag.replay.FlightRecorder`.
 
     Raises:
         UserError: unknown probe, two probes of one name, a DataParallel model, no model, no optimiser, or a place that
@@ -104,6 +106,7 @@ class Monitor:
         first_step: int = 0,
         writer: RunWriter | None = None,
         block: int = 32,
+        recorder: Recorder | None = None,
     ) -> None:
         assert out is None or writer is None, "give out or writer, not both"
         self.model = bare_model(model)
@@ -116,8 +119,10 @@ class Monitor:
         self._writer = writer
         self._block = block
         self._rows = RowBlock(writer, block)
-        self._audience = Audience(self.probes, self._failed)
-        self._hooks = Hooks(self._audience)
+        self._recorder = recorder
+        watching = self.probes if recorder is None else [*self.probes, recorder.sentinel]
+        self._audience = Audience(watching, self._failed)
+        self._hooks = Hooks(self._audience, None if recorder is None else recorder.before_update)
         self._trainable: dict[str, list[Tensor]] = {}  # module name → its own that learnt when the Monitor opened
         self._next = first_step
         self._number: int | None = None  # of the step that is or was measured last
@@ -134,7 +139,7 @@ class Monitor:
         for path, module in self.model.named_modules():
             name = plain_name(path)
             self._trainable[name] = [p for p in module._parameters.values() if p is not None and p.requires_grad]
-        for probe in self.probes:
+        for probe in self._audience.probes:
             probe.attach(subject)
         self._hooks.attach(subject)
         if self._out is not None:
@@ -144,6 +149,11 @@ class Monitor:
                 self._hooks.remove()
                 raise
             self._rows = RowBlock(self._writer, self._block)
+        if self._recorder is not None:
+            folder = (
+                None if self._writer is None else self._writer.path.with_name(f"{self._writer.path.stem}.incidents")
+            )
+            self._recorder.open(self.model, self.optimizers, self._scaler, self._hooks.paused, folder, self._incident)
         return self
 
     def __exit__(
@@ -186,6 +196,13 @@ class Monitor:
             self._writer.event(self._number, "probe", message, probe=probe.name)
         warnings.warn(f"step {self._number}: {message}. Training goes on.", RuntimeWarning, stacklevel=2)
 
+    def _incident(self, step: int, kind: str, message: str, facts: dict[str, Any]) -> None:
+        """The recorder has taken a bad step apart."""
+        if self._writer is not None:
+            self._writer.event(step, kind, message, **facts)
+        else:
+            warnings.warn(f"step {step}: {message}", RuntimeWarning, stacklevel=2)
+
     def _inverse_scale(self) -> Tensor | None:
         if self._scaler is None or not self._scaler.is_enabled():
             return None
@@ -207,6 +224,8 @@ class Monitor:
         self._next = number + 1
         self._number = number
         due = self._audience.due(number)
+        if self._recorder is not None:
+            self._recorder.begin(number, batch)
         self._audience.tell(due, "begin")
         if batch is not None:
             self._audience.tell(due, "batch", batch)
@@ -215,12 +234,25 @@ class Monitor:
         try:
             yield
             self._hooks.end()
-        except BaseException:
+            if self._recorder is not None:
+                self._recorder.end()
+        except BaseException as error:
+            if getattr(error, "keeps_row", False):  # the recorder has stopped the run, and the step is measured
+                self._hooks.end()
+                self._collect(number, due)
+                raise
             self._hooks.abandon()
+            if self._recorder is not None:
+                self._recorder.failed(error)
             self._logs = {}
             raise
         finally:
             self._measuring = False
+        self._collect(number, due)
+
+    def _collect(self, number: int, due: tuple[Probe, ...]) -> None:
+        """The step was measured: its row is open until the next step begins."""
+        self._measuring = False
         self._readings = self._audience.collect(due)
         self._open_step = number
         self._note_choices(due)
