@@ -438,6 +438,9 @@ class DataSettings(Strict):
 
     source: str = Field("synthetic", description="'synthetic' or a folder of RGB-D frames")
     scenes: Positive = Field(64, description="synthetic: number of different rooms")
+    exclude: tuple[str, ...] = Field(
+        (), description="names of scenes that training leaves out; all others come in the order they would have had"
+    )
     views: Positive = Field(1, description="images a scene")
     point_views: Positive = Field(1, description="views that points come from; more than `views` leaves points unseen")
     image_height: Positive = 240

@@ -91,6 +91,10 @@ class RGBDFolder:
             raise IndexError(f"scene {index} of {len(self)}")
         return self._cache[index]
 
+    def names(self) -> list[str]:
+        """The name of every scene: that of its frame, or of the first and the last one."""
+        return [self._name(self.frames(index)) for index in range(len(self))]
+
     def describe(self) -> dict[str, Any]:
         """For the run record: layout, counts of frames and of marked frames, and where the labels come from."""
         pseudo = self._layout.frames[0].label is None
@@ -116,6 +120,10 @@ class RGBDFolder:
         first = min(index * self._span, len(self._layout.frames) - self._span)
         return range(first, first + self._span)
 
+    def _name(self, frames: range) -> str:
+        first, last = (self._layout.frames[frame].name for frame in (frames[0], frames[-1]))
+        return first if len(frames) == 1 else f"{first}..{last}"
+
     def _build(self, index: int) -> Scene:
         first = self.frames(index).start
         frames = self._layout.frames[first : first + self._span]
@@ -137,7 +145,7 @@ class RGBDFolder:
         superpoint = self._superpoints(frames, color, cloud, clusters)
         seen = ((np.arange(self._settings.views) + 0.5) * self._span / self._settings.views).astype(int)
         return Scene(
-            name=frames[0].name if len(frames) == 1 else f"{frames[0].name}..{frames[-1].name}",
+            name=self._name(self.frames(index)),
             points=np.concatenate([cloud.xyz, rgb], axis=1).astype(np.float32),
             images=np.ascontiguousarray(color[seen].transpose(0, 3, 1, 2)),
             depth=depth[seen],

@@ -21,6 +21,10 @@ class SceneSource(Protocol):
         """Scene ``index``; raises IndexError outside 0..len−1."""
         ...
 
+    def names(self) -> list[str]:
+        """The name of every scene, none of them built."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """What to write into a run's provenance: kind, origin of the labels, counts, flaws. JSON-ready."""
         ...

@@ -29,6 +29,11 @@ class SceneSubset:
             raise IndexError(f"scene {index} of {len(self)} chosen scenes")
         return self.source[self.indices[index]]
 
+    def names(self) -> list[str]:
+        """Those of the chosen scenes."""
+        names = self.source.names()
+        return [names[index] for index in self.indices]
+
     def describe(self) -> dict[str, Any]:
         """That of the source, with the number of chosen scenes, of how many, and which."""
         whole = self.source.describe()

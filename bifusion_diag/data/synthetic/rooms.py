@@ -82,6 +82,13 @@ class SyntheticRooms:
             raise IndexError(f"scene {index} of {len(self)} synthetic rooms")
         return self._cache[index]
 
+    def names(self) -> list[str]:
+        """The name of every scene, none of them built."""
+        return [self._name(index) for index in range(len(self))]
+
+    def _name(self, index: int) -> str:
+        return f"synthetic-{index:06d}(seed {self.seed})"
+
     def _build(self, index: int) -> Scene:
         scene = self._capture(index)
         return apply_flaws(scene, self.settings.flaws, partial(self._rng, index, _FLAWS)).validate()
@@ -127,7 +134,7 @@ class SyntheticRooms:
         semantic = np.array([class_id(item.name) for item in room.things], np.int64)[thing]
         K = intrinsics(options.image_height, options.image_width)
         return Scene(
-            name=f"synthetic-{index:06d}(seed {self.seed})",
+            name=self._name(index),
             points=points,
             images=np.stack([views[k].color.transpose(2, 0, 1) for k in shown]),
             depth=np.stack([views[k].depth for k in shown]),
