@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from bifusion_diag.diagnosis.incidents import UNKNOWN, RecordedIncident, incidents_of
 from bifusion_diag.diagnosis.measures import Measures
+from bifusion_diag.diagnosis.origins import Origin
 from bifusion_diag.diagnosis.quantity import NotMeasured, Reading
 from bifusion_diag.diagnosis.settings_diff import flatten
 from bifusion_diag.diagnosis.thresholds import DEFAULT_THRESHOLDS, Thresholds
@@ -78,6 +80,22 @@ class Context:
     def settings(self) -> dict[str, Any]:
         """The run's settings as text by dotted key."""
         return flatten(self.run.settings)
+
+    @cached_property
+    def incidents(self) -> tuple[RecordedIncident, ...]:
+        """The bad steps that the flight recorder took apart."""
+        return incidents_of(self.run)
+
+    @property
+    def watched(self) -> bool:
+        """Whether a flight recorder judged every step."""
+        return "flight_recorder" in self.run.provenance or bool(self.incidents)
+
+    @cached_property
+    def origins(self) -> list[Origin]:
+        """The bad steps that no incident explains."""
+        explained = {incident.step for incident in self.incidents if incident.mechanism != UNKNOWN}
+        return [origin for origin in self.measures.origins if origin.step not in explained]
 
     def reading(self, key: str) -> Reading:
         """A measure, "was not recorded" where there is none."""

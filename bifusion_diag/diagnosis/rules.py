@@ -15,6 +15,7 @@ from bifusion_diag.diagnosis.count_rules import (
 )
 from bifusion_diag.diagnosis.criteria import warm_up_steps
 from bifusion_diag.diagnosis.findings import Context, Evidence, Finding, Rule
+from bifusion_diag.diagnosis.incident_rules import incident_findings
 from bifusion_diag.diagnosis.measures import LISTED_STEPS
 from bifusion_diag.diagnosis.names import COEFFICIENT, NORM, TOTAL
 from bifusion_diag.diagnosis.origins import Origin, most_common_place
@@ -40,8 +41,8 @@ def nonfinite_loss(context: Context) -> list[Finding] | NotMeasured:
     if (untraced := _untraced(context)) is not None:
         return untraced
     findings = []
-    for term in dict.fromkeys(term for origin in context.measures.origins for term in origin.terms):
-        steps = [origin for origin in context.measures.origins if term in origin.terms]
+    for term in dict.fromkeys(term for origin in context.origins for term in origin.terms):
+        steps = [origin for origin in context.origins if term in origin.terms]
         remedy = None
         if context.settings.get("losses.instance.empty_match") == "nan" and term.startswith("inst"):
             remedy = {"losses.instance.empty_match": "zero"}
@@ -87,7 +88,7 @@ def nonfinite_gradient(context: Context) -> list[Finding] | NotMeasured:
         return NotMeasured(f"{NORM} was not recorded")
     if (untraced := _untraced(context)) is not None:
         return untraced
-    started = [origin for origin in context.measures.origins if origin.kind == "non-finite" and not origin.terms]
+    started = [origin for origin in context.origins if origin.kind == "non-finite" and not origin.terms]
     findings = []
     for module in dict.fromkeys(origin.module for origin in started):
         steps = [origin for origin in started if origin.module == module]
@@ -116,7 +117,7 @@ def gradient_spike(context: Context) -> list[Finding] | NotMeasured:
     """Jumps of the gradient norm: one finding."""
     if isinstance(reading := context.reading("spikes"), NotMeasured):
         return reading
-    steps = [origin for origin in context.measures.origins if origin.kind == "spike"]
+    steps = [origin for origin in context.origins if origin.kind == "spike"]
     if not steps:
         return []
     place = most_common_place(steps)
@@ -317,6 +318,7 @@ def dominant_term(context: Context) -> list[Finding] | NotMeasured:
 
 
 RULES: tuple[Rule, ...] = (
+    Rule("incident", "Bad steps taken apart", incident_findings),
     Rule("nonfinite-loss", "Non-finite loss", nonfinite_loss),
     Rule("nonfinite-gradient", "Non-finite gradient", nonfinite_gradient),
     Rule("gradient-spike", "Spikes of the gradient norm", gradient_spike),

@@ -164,7 +164,13 @@ class Recorder(Protocol):
     """What judges a step before its update: :class:`~bifusion_diag.replay.FlightRecorder`. A step calls begin with its
     batch, before_update, and end or failed. Whatever it runs again is run while the Monitor is paused."""
 
-    sentinel: Probe  # measures what the step is judged by
+    @property
+    def sentinel(self) -> Probe:
+        """Measures what the step is judged by."""
+
+    @property
+    def policy(self) -> str:
+        """What it does about a bad step."""
 
     def open(
         self,

@@ -173,6 +173,7 @@ class Monitor:
             name=out.stem if path is out else out.absolute().name,
             settings=self._settings,
             environment=collect_environment() | {"threads": torch.get_num_threads()},
+            provenance={} if self._recorder is None else {"flight_recorder": self._recorder.policy},
             parameters=self._part_sizes(),
             probes=[probe.name for probe in self.probes],
         )

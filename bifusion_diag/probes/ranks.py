@@ -52,6 +52,15 @@ def agree(flags: Sequence[int | bool]) -> Agreement:
     )
 
 
+def gather(mine: Any) -> list[Any]:
+    """What every rank gives, by rank. All must call it at the same place of their program."""
+    if world_size() == 1:
+        return [mine]
+    everyone: list[Any] = [None] * world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
 def _device() -> torch.device:
     """Where tensors must be to be sent: on the CPU if the group has a backend for it, which waits for no GPU."""
     return torch.device("cpu" if "cpu:" in dist.get_backend_config() else "cuda")

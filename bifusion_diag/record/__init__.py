@@ -3,6 +3,7 @@
 from bifusion_diag.record.environment import collect_environment
 from bifusion_diag.record.files import HistogramRows, Rows
 from bifusion_diag.record.follow import RecordFollower
+from bifusion_diag.record.incidents import incident_folder
 from bifusion_diag.record.load import load_run, resolve_run
 from bifusion_diag.record.reader import RecordReader
 from bifusion_diag.record.schema import (
@@ -37,6 +38,7 @@ __all__ = [
     "TensorBoardSink",
     "check_output",
     "collect_environment",
+    "incident_folder",
     "load_run",
     "rank_folders",
     "record_folder",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from bifusion_diag.record import codec
 from bifusion_diag.record.document import check_version, from_document
+from bifusion_diag.record.incidents import read_trials
 from bifusion_diag.record.reader import HEADER_FILE, RecordReader
 from bifusion_diag.record.reduce import reduce_record
 from bifusion_diag.record.schema import RecordError, Run
@@ -40,6 +42,10 @@ def load_run(path: Path | str) -> Run:
         RecordError: the file is missing, corrupt, not a run, or of a newer schema version.
     """
     path = resolve_run(path)
+    return replace(_read(path), trials=read_trials(path))
+
+
+def _read(path: Path) -> Run:
     if path.is_dir():
         run, _ = reduce_record(RecordReader(path))
         return run

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
@@ -213,6 +213,7 @@ class Run:
     events: list[Event]
     measures: dict[str, Any]  # computed at full resolution when the run ended
     events_dropped: int = 0  # events beyond those kept
+    trials: Mapping[int, Sequence[Mapping[str, Any]]] = field(default_factory=dict)  # step → remedies tried, best first
 
     def series(self, name: str) -> Series | None:
         """The series of that name, None where it was not recorded."""

@@ -271,7 +271,7 @@ def _rank_of(folder: Path) -> int | None:
 
 
 #: Folders that stand beside run.json under its stem: a run.json of such a name would be in the way of its own.
-FOLDERS_BESIDE = (".record", ".tensorboard", ".checkpoints")
+FOLDERS_BESIDE = (".record", ".tensorboard", ".checkpoints", ".incidents")
 
 
 def check_output(path: Path | str) -> Path:

@@ -218,13 +218,8 @@ class Incident:
         return "; ".join(parts)
 
     def facts(self) -> dict[str, Any]:
-        """What the event in the record holds: all but the tables, which are in the capsule."""
-        return {
-            "terms": list(self.terms),
-            "scenes": [sample.name or f"sample {sample.index}" for sample in self.samples],
-            "scene_notes": [list(sample.notes) for sample in self.samples],
-            "incident": {name: value for name, value in self.to_dict().items() if name != "tables"},
-        }
+        """For the event in the record: all but the tables, which are in the capsule."""
+        return {"incident": {name: value for name, value in self.to_dict().items() if name != "tables"}}
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it; the inverse of :meth:`from_dict`."""

@@ -81,7 +81,7 @@ class StepNotes:
     def __init__(self, model: nn.Module, number: int, batch: Any, recycled: StepNotes | None = None) -> None:
         self.model = model
         self.number = number
-        self.start = State(model, None if recycled is None else recycled.start)
+        self.start: State = State(model, None if recycled is None else recycled.start)
         self._batch = copy_batch(batch)
 
     @property

@@ -140,7 +140,7 @@ def digest(tensor: Tensor) -> str:
     x = local_part(tensor.detach()).contiguous().cpu()
     sha = hashlib.blake2b(f"{x.dtype}{tuple(x.shape)}".encode(), digest_size=16)
     if x.numel():
-        sha.update(x.reshape(-1).view(torch.uint8).numpy())
+        sha.update(x.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 

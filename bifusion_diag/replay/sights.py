@@ -1,0 +1,25 @@
+"""Of several processes that train together: which of them a bad step began at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Sight(NamedTuple):
+    """What one rank saw of a step."""
+
+    loss: float
+    local_norm: float  # of its gradient before the all-reduce
+
+
+def where_it_began(sights: Sequence[Sight]) -> list[int]:
+    """The ranks that a bad step began at: whose loss is not finite, else whose gradient is not, else the one whose
+    gradient is largest."""
+    for numbers in ([sight.loss for sight in sights], [sight.local_norm for sight in sights]):
+        bad = np.flatnonzero(~np.isfinite(numbers))
+        if len(bad):
+            return [int(rank) for rank in bad]
+    return [int(np.argmax([sight.local_norm for sight in sights]))]
