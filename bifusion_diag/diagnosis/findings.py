@@ -44,6 +44,7 @@ class Finding:
         term: which loss term, likewise.
         samples: scenes of the first of the steps, where the record names them.
         remedy: settings to change (dotted key → value), None where the record alone does not support one.
+        tried: the remedy was tried on a bad step, and helped.
     """
 
     rule: str
@@ -57,6 +58,7 @@ class Finding:
     term: str | None = None
     samples: tuple[str, ...] = ()
     remedy: Mapping[str, Any] | None = None
+    tried: bool = False
 
 
 @dataclass(frozen=True)

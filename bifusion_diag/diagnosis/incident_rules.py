@@ -10,6 +10,11 @@ from bifusion_diag.diagnosis.incidents import UNKNOWN, RecordedIncident
 from bifusion_diag.diagnosis.names import NORM
 from bifusion_diag.diagnosis.quantity import NotMeasured, Quantity
 
+#: Mechanism, the setting that lets it happen at which values, and the value that cures it.
+_CURES = (
+    ("empty-selection", "losses.instance.empty_match", ("nan",), "zero"),
+    ("nonfinite-input", "model.projection.sanitize", ("replace", "clamp", "none"), "strict"),
+)
 _NOTED = 3  # numbers of an incident that its finding shows
 
 
@@ -39,6 +44,7 @@ def _finding(context: Context, group: Sequence[RecordedIncident]) -> Finding:
     if again:
         mechanism += f" {'The step' if count == 1 else f'{again} of {count} steps'} ran again bit for bit."
     severity: Severity = "warning" if first.harmless or first.kind.endswith("spike") else "error"
+    remedy, tried = _remedy(context, group)
     place = first.module or (f"loss term {first.terms[0]}" if first.terms else None)
     return Finding(
         f"incident-{first.mechanism}",
@@ -51,14 +57,18 @@ def _finding(context: Context, group: Sequence[RecordedIncident]) -> Finding:
         module=first.module,
         term=first.terms[0] if first.terms else None,
         samples=tuple(name for name, _ in first.samples),
-        remedy=_remedy(context, group),
+        remedy=remedy,
+        tried=tried,
     )
 
 
-def _remedy(context: Context, group: Sequence[RecordedIncident]) -> Mapping[str, Any] | None:
-    """The change that did best where it was tried; else the one that this mechanism is known by."""
+def _remedy(context: Context, group: Sequence[RecordedIncident]) -> tuple[Mapping[str, Any] | None, bool]:
+    """The change that did best where it was tried, and that it was; else the one that cures this mechanism."""
     for incident in group:
         for trial in incident.trials:
             if trial.get("patch") and trial.get("helps"):
-                return dict(trial["patch"])
-    return None
+                return dict(trial["patch"]), True
+    for mechanism, key, values, cured in _CURES:
+        if group[0].mechanism == mechanism and context.settings.get(key) in values:
+            return {key: cured}, False
+    return None, False

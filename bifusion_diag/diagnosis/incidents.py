@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from bifusion_diag.record.schema import Run
+from bifusion_diag.record.schema import IncidentFiles, Run
 
 UNKNOWN = "unknown"
 
@@ -34,6 +34,7 @@ class RecordedIncident:
         harmless: every gradient was good.
         capsule: its folder; None where none was written.
         trials: the remedies that were tried on it, best first; empty: none was.
+        tables: the capsule's tables, see :class:`~bifusion_diag.record.schema.IncidentFiles`.
     """
 
     step: int
@@ -54,6 +55,7 @@ class RecordedIncident:
     harmless: bool
     capsule: str | None
     trials: tuple[Mapping[str, Any], ...] = ()
+    tables: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -83,7 +85,7 @@ def _read(step: int, message: str, stored: Mapping[str, Any], run: Run) -> Recor
     cause = stored.get("cause") or {}
     again = stored.get("reproduction") or {}
     samples = [s for s in stored.get("samples") or () if isinstance(s, Mapping)]
-    trials = run.trials.get(step, ())
+    files = run.incident_files.get(step, IncidentFiles())
     return RecordedIncident(
         step=step,
         kind=str(stored.get("kind", "")),
@@ -102,5 +104,6 @@ def _read(step: int, message: str, stored: Mapping[str, Any], run: Run) -> Recor
         action=str(stored.get("action") or ""),
         harmless=bool(stored.get("harmless")),
         capsule=stored.get("capsule"),
-        trials=tuple(trials),
+        trials=tuple(files.trials),
+        tables=files.tables,
     )

@@ -33,12 +33,14 @@ class Verdict:
         sentence: in plain words.
         detail: a second sentence: where bad steps start, or what a comparison of the counts says; may be "".
         remedy: settings to change, of the worst finding that has one.
+        tried: it was tried on a bad step, and helped.
     """
 
     state: State
     sentence: str
     detail: str = ""
     remedy: Mapping[str, Any] | None = None
+    tried: bool = False
 
 
 def judge_run(
@@ -54,7 +56,7 @@ def judge_run(
     sentence = f"{name} {words}: {_bad_in(measures, steps.size)}{_first(measures)}{_tail(measures)}"
     if state == "not enough data":
         sentence += _lacking(measures, steps.size, thresholds)
-    return Verdict(state, f"{sentence}.", _where(measures), _remedy(findings))
+    return Verdict(state, f"{sentence}.", _where(measures), *_remedy(findings))
 
 
 def judge_pair(
@@ -108,7 +110,7 @@ def judge_pair(
     detail = _where(candidate)
     if more and not lacking and chance >= CHANCE:
         detail += f" So few more bad steps than the baseline's may be chance (p = {chance:.2g})."
-    return Verdict(state, f"{sentence}.", detail.strip(), _remedy(findings))
+    return Verdict(state, f"{sentence}.", detail.strip(), *_remedy(findings))
 
 
 def state_of(
@@ -225,5 +227,7 @@ def ending_of(run: Run, subject: str) -> str:
     return f"{subject} {how} after step {run.steps[-1]}{error}."
 
 
-def _remedy(findings: Sequence[Finding]) -> Mapping[str, Any] | None:
-    return next((found.remedy for found in findings if found.remedy), None)
+def _remedy(findings: Sequence[Finding]) -> tuple[Mapping[str, Any] | None, bool]:
+    """The remedy of the worst finding that has one, and whether it was tried; one that was goes first."""
+    known = sorted((found for found in findings if found.remedy), key=lambda found: not found.tried)
+    return (known[0].remedy, known[0].tried) if known else (None, False)

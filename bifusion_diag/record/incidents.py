@@ -1,4 +1,4 @@
-"""What lies beside a run of its incidents: the remedies that were tried on their capsules."""
+"""What lies beside a run of its incidents: their capsules' tables, and the remedies that were tried on them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-WHAT_IF = "what_if.json"  # in a capsule's folder: {"trials": [{"name", "patch", "helps", ...}]}, best first
+from bifusion_diag.record.schema import IncidentFiles
+
+CAPSULE = "capsule.json"  # {"incident": {"tables": {name: rows}, ...}, ...}
+WHAT_IF = "what_if.json"  # {"trials": [{"name", "patch", "helps", ...}, ...]}, best first
 
 
 def incident_folder(run: Path) -> Path:
@@ -15,15 +18,24 @@ def incident_folder(run: Path) -> Path:
     return run.with_name(f"{run.stem}.incidents")
 
 
-def read_trials(run: Path) -> dict[int, list[Mapping[str, Any]]]:
-    """The remedies that were tried, by the incident's step, best first. What cannot be read is left out: a record is
-    whole without it."""
-    found: dict[int, list[Mapping[str, Any]]] = {}
-    for path in sorted(incident_folder(run).glob(f"*/{WHAT_IF}")):
-        try:
-            trials = json.loads(path.read_text(encoding="utf-8"))["trials"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        if path.parent.name.isdecimal() and isinstance(trials, list):
-            found[int(path.parent.name)] = [trial for trial in trials if isinstance(trial, Mapping)]
+def read_incident_files(run: Path) -> dict[int, IncidentFiles]:
+    """The files of every incident of a run, by step. What cannot be read is left out: a record is whole without it."""
+    found = {}
+    for folder in sorted(incident_folder(run).glob("*")):
+        if folder.name.isdecimal() and folder.is_dir():
+            tables = _mapping(_mapping(_read(folder / CAPSULE).get("incident")).get("tables"))
+            trials = _read(folder / WHAT_IF).get("trials")
+            trials = [trial for trial in trials if isinstance(trial, Mapping)] if isinstance(trials, list) else []
+            found[int(folder.name)] = IncidentFiles(tables, trials)
     return found
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        return _mapping(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}

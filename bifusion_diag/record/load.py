@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bifusion_diag.record import codec
 from bifusion_diag.record.document import check_version, from_document
-from bifusion_diag.record.incidents import read_trials
+from bifusion_diag.record.incidents import read_incident_files
 from bifusion_diag.record.reader import HEADER_FILE, RecordReader
 from bifusion_diag.record.reduce import reduce_record
 from bifusion_diag.record.schema import RecordError, Run
@@ -42,7 +42,7 @@ def load_run(path: Path | str) -> Run:
         RecordError: the file is missing, corrupt, not a run, or of a newer schema version.
     """
     path = resolve_run(path)
-    return replace(_read(path), trials=read_trials(path))
+    return replace(_read(path), incident_files=read_incident_files(path))
 
 
 def _read(path: Path) -> Run:

@@ -200,6 +200,14 @@ class Histogram:
     counts: Floats  # (K, B) summed over the bucket's steps
 
 
+@dataclass(frozen=True)
+class IncidentFiles:
+    """What lies beside a record of one incident, and is too large for it."""
+
+    tables: Mapping[str, Any] = field(default_factory=dict)  # "modules": one mapping a call, in execution order; ...
+    trials: Sequence[Mapping[str, Any]] = ()  # remedies that were tried on it, best first
+
+
 @dataclass(frozen=True, eq=False)
 class Run:
     """A run, complete or not."""
@@ -213,7 +221,7 @@ class Run:
     events: list[Event]
     measures: dict[str, Any]  # computed at full resolution when the run ended
     events_dropped: int = 0  # events beyond those kept
-    trials: Mapping[int, Sequence[Mapping[str, Any]]] = field(default_factory=dict)  # step → remedies tried, best first
+    incident_files: Mapping[int, IncidentFiles] = field(default_factory=dict)  # by step
 
     def series(self, name: str) -> Series | None:
         """The series of that name, None where it was not recorded."""

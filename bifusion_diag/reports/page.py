@@ -18,6 +18,7 @@ from bifusion_diag.diagnosis.quantity import NotMeasured, Reading
 from bifusion_diag.diagnosis.settings_diff import ABSENT, flatten
 from bifusion_diag.diagnosis.verdict import Verdict
 from bifusion_diag.record.schema import Run
+from bifusion_diag.reports.incidents import IncidentGroup, incident_groups
 from bifusion_diag.reports.numbers import ratio_text, text
 from bifusion_diag.reports.palette import ACCENT, BASELINE, CATEGORY
 from bifusion_diag.reports.plots import (
@@ -130,6 +131,7 @@ class Page:
     baseline_findings: tuple[Finding, ...]
     facts: list[tuple[str, str]]
     limits: list[str]
+    incidents: list[IncidentGroup]
     timeline: Plot
     validation: Plot | None
     heatmap: Plot | None
@@ -173,6 +175,7 @@ def comparison_page(comparisons: Sequence[RunComparison], baseline: Run, candida
         baseline_findings=first.findings,
         facts=_facts(names, runs),
         limits=_limits(comparisons, names),
+        incidents=incident_groups(names, runs),
         timeline=draw_timeline(traces),
         validation=draw_validation(traces),
         heatmap=draw_heatmap(traces),
@@ -285,6 +288,7 @@ def run_page(assessment: RunAssessment, run: Run) -> Page:
         baseline_findings=(),
         facts=_facts([assessment.name], [run]),
         limits=list(assessment.limits),
+        incidents=incident_groups([assessment.name], [run]),
         timeline=draw_timeline([trace]),
         validation=draw_validation([trace]),
         heatmap=draw_heatmap([trace]),
