@@ -54,9 +54,7 @@ def compared(
 ) -> Reproduction:
     """Run the step again, plainly, and compare it with the first time, bit for bit."""
     if updated:
-        return Reproduction(
-            None, difference="the weights were updated before the alarm: the step has other weights now"
-        )
+        return Reproduction(None, difference="the weights were updated before the alarm, and are others now")
     if world_size() > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in training.model.modules()):
         return Reproduction(None, difference="SyncBatchNorm waits for processes whose step was good")
     try:
