@@ -1,0 +1,365 @@
+"""Where NaN and infinite values are made: every operation of a step, and which of its values are bad.
+
+A value that is bad is followed from the operation that made it, of inputs that were all finite, through every storage
+that holds something computed of it. Infinities that are written on purpose, as masks are, are nobody's fault until an
+operation makes NaN of them, such as the softmax of a row that is masked entirely.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bifusion_diag.probes.outputs import numbers
+from bifusion_diag.replay.calls import named_modules, tensor_range
+from bifusion_diag.replay.frames import Line, hooked_module, told, user_line
+from bifusion_diag.replay.incident import Cause, Direction
+
+#: Operations that copy a constant: the infinities that they write were meant.
+WRITERS = frozenset(
+    "fill fill_ masked_fill masked_fill_ full full_like new_full where scalar_tensor lift_fresh copy_ _to_copy "
+    "index_put index_put_ _index_put_impl_ index_fill index_fill_ scatter scatter_ masked_scatter masked_scatter_ "
+    "constant_pad_nd detach clone".split()
+)
+EMPTY = frozenset("empty empty_like empty_strided new_empty new_empty_strided resize_ set_".split())  # hold anything
+
+
+class Argument(NamedTuple):
+    """What an operation was given."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    low: float | None  # smallest value, None: it has none
+    high: float | None
+    least: float | None  # smallest absolute value
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where bad values began.
+
+    Attributes:
+        op: "aten.log"; None: not an operation but a tensor that was bad before the step.
+        module: whose forward, or in the backward whose forward's counterpart, did it. None: none.
+        direction: of the step.
+        source: the user's line. In the backward that of the forward operation, or of the user's hook or Function.
+        parameter: name of the parameter, buffer or input that is bad itself.
+        node: in the backward: autograd's node, such as "SqrtBackward0".
+        in_hook: in the backward: the values were made by the user's own code: a hook or a Function's backward.
+        written: infinities that were meant.
+        nan: there is a NaN among them.
+        bad: how many.
+        arguments: of the operation, all finite.
+    """
+
+    op: str | None
+    module: str | None
+    direction: Direction
+    source: str | None = None
+    parameter: str | None = None
+    node: str | None = None
+    in_hook: bool = False
+    written: bool = False
+    nan: bool = False
+    bad: int = 0
+    arguments: tuple[Argument, ...] = ()
+
+    @property
+    def cause(self) -> Cause:
+        """As an incident tells it: in the backward the node, unless the user's own code did it."""
+        op = self.op if self.node is None or self.in_hook else self.node
+        return Cause(self.module, self.direction, op, self.source, self.parameter)
+
+
+class Op(NamedTuple):
+    """One operation."""
+
+    op: str
+    module: str | None
+    line: Line | None
+    input_absmax: float | None
+    output_absmax: float | None
+    sequence: int  # of autograd when it ran: its node has one less
+    arguments: tuple[str, ...] = ()  # names of parameters, buffers and inputs among its inputs
+
+
+class Leaf(NamedTuple):
+    """A tensor that is there before the step."""
+
+    name: str
+    module: str | None
+    kind: str  # "parameter", "buffer", "attribute", "input"
+
+
+class OpWatch(TorchDispatchMode):
+    """Sees every operation while it is entered.
+
+    Args:
+        calls: says in which module an operation runs.
+        leaves: what is there before the step, by storage.
+        ranges: whether to keep the ranges of all operations.
+        suspects: names of inputs of the batch that are bad and hold no tensor: what is made of them is not seen.
+    """
+
+    def __init__(
+        self,
+        calls: Callable[[], str | None],
+        leaves: Mapping[int, Leaf],
+        *,
+        ranges: bool = False,
+        suspects: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        self.origins: list[Origin] = []
+        self.ops: list[Op] = []
+        self.made_by: dict[int, tuple[str | None, Line | None]] = {}  # number of an autograd node → module, line
+        self.module_names: dict[int, str] = {}  # by id, for hooks of the backward
+        self._module, self._leaves, self._ranges, self._suspects = calls, leaves, ranges, suspects
+        self._bad: dict[int, frozenset[int]] = {}  # storage → origins
+        self._kept: list[Tensor] = []  # bad tensors: their storages are not used again
+        self._absmax: dict[int, tuple[float | None, Any]] = {}
+        self._off = 0
+        self.until: FrameType | None = None  # frames called before it are not the step's
+        self.is_loss: Callable[[str | None], bool] = lambda module: module is None
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Operations inside are not the step's."""
+        self._off += 1
+        try:
+            yield
+        finally:
+            self._off -= 1
+
+    def origins_of(self, value: Tensor) -> list[Origin]:
+        """Where the bad values of a tensor began, the first to be met first; what was meant, last."""
+        found = [self.origins[i] for i in sorted(self._bad.get(_storage(value), ()))]
+        return sorted(found, key=lambda origin: origin.written)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._off:
+            return func(*args, **kwargs)
+        number = torch.autograd._get_sequence_nr() - 1  # type: ignore[attr-defined]
+        node = torch._C._current_autograd_node()
+        line = user_line(self.until)
+        if node is not None and torch.is_grad_enabled():
+            node = None  # a checkpointed block runs its forward again
+        if node is None and number not in self.made_by:
+            self.made_by[number] = (self._module(), line)
+        name = func._schema.name.split("::")[1]
+        if func.is_view or name in EMPTY:
+            return func(*args, **kwargs)
+        inputs = [t for t in tree_leaves((args, kwargs)) if _floating(t)]
+        written = _written(func, args, kwargs) if func._schema.is_mutable else []
+        before = {id(t): _is_bad(t) for t in written}
+        absmax = self._largest(inputs) if self._ranges else None
+        output = func(*args, **kwargs)
+        self._after(func, name, number, node, line, inputs, before, [*_outputs(output), *written], absmax)
+        return output
+
+    def _after(
+        self,
+        func: Any,
+        name: str,
+        number: int,
+        node: Any,
+        line: Line | None,
+        inputs: list[Tensor],
+        before: dict[int, bool],
+        outputs: list[Tensor],
+        absmax: float | None,
+    ) -> None:
+        outputs = list({id(t): t for t in outputs if _floating(t)}.values())
+        ranges = [tensor_range(t) for t in outputs]
+        if self._ranges and node is None and outputs:
+            finite = [largest for largest, _ in ranges if largest is not None]
+            known = (self._leaves.get(_storage(t)) for t in inputs)
+            names = tuple(leaf.name for leaf in known if leaf is not None)
+            largest = max(finite, default=None)
+            self.ops.append(Op(_op_name(func), self._module(), line, absmax, largest, number + 1, names))
+        bad = [t for t, (_, count) in zip(outputs, ranges, strict=True) if count]
+        if not bad:
+            return
+        outside = {id(t) for t in outputs} - before.keys()
+        bad_inputs = [t for t in inputs if before.get(id(t), id(t) not in outside and _is_bad(t))]
+        sources: set[int] = set()
+        for tensor in bad_inputs:
+            if tensor.dim() or _storage(tensor) in self._bad or _storage(tensor) in self._leaves:
+                sources |= self._known(tensor, name, node, line)
+        nan = any(bool(t.isnan().any()) for t in map(numbers, bad))
+        meant = all(self.origins[i].written for i in sources)
+        if not sources or (meant and nan):
+            count = sum(count for _, count in ranges)
+            given = tuple(_argument(t) for t in inputs if not before.get(id(t)) and id(t) not in before)
+            written = not nan and (name in WRITERS or (name == "log" and _is_mask(inputs)))
+            sources = {self._add(node, line, _op_name(func), written=written, nan=nan, bad=count, arguments=given)}
+        for tensor in bad:
+            self._bad[_storage(tensor)] = frozenset(sources)
+            self._kept.append(tensor)
+
+    def _known(self, tensor: Tensor, name: str, node: Any, line: Line | None) -> frozenset[int]:
+        """Where an input's bad values began. If it has come from nowhere, this is told from now on."""
+        storage = _storage(tensor)
+        if storage not in self._bad:
+            values = numbers(tensor)
+            nan = bool(values.isnan().any())
+            count = tensor_range(tensor)[1]
+            leaf = self._leaves.get(storage)
+            if leaf is None and self._suspects and node is None:
+                leaf = Leaf(self._suspects[0], None, "input")
+            if leaf is None:
+                written = not nan and not bool((values == math.inf).any())
+                index = self._add(node, line, None, written=written, nan=nan, bad=count)
+            else:
+                direction: Direction = "data" if leaf.kind == "input" else "update"
+                meant = leaf.kind != "parameter" and not nan and not bool((values == math.inf).any())
+                if leaf.kind == "input" and meant:
+                    meant = bool((values.isinf() | (values == 0)).all())
+                origin = Origin(None, leaf.module, direction, None, leaf.name, None, False, meant, nan, count)
+                index = self._append(origin)
+            self._bad[storage] = frozenset({index})
+            self._kept.append(tensor)
+        return self._bad[storage]
+
+    def _add(self, node: Any, line: Line | None, op: str | None, **facts: Any) -> int:
+        if node is None:
+            module = self._module()
+            direction: Direction = "loss" if self.is_loss(module) else "forward"
+            return self._append(Origin(op, module, direction, told(line), **facts))
+        module, forward_line = self.place(node)
+        if line is not None:  # in a hook or a Function's backward
+            hooked = hooked_module()
+            module = self.module_names.get(id(hooked), module) if hooked is not None else module
+        where = told(line or forward_line)
+        return self._append(
+            Origin(op, module, "backward", where, node=node_name(node), in_hook=line is not None, **facts)
+        )
+
+    def _append(self, origin: Origin) -> int:
+        self.origins.append(origin)
+        return len(self.origins) - 1
+
+    def place(self, node: Any) -> tuple[str | None, Line | None]:
+        """Module and line of the forward operation that made an autograd node."""
+        if "AccumulateGrad" in node.name():
+            leaf = self._leaves.get(_storage(node.variable))
+            return (leaf.module if leaf is not None else None), None
+        number = node._sequence_nr()
+        for earlier in range(number, number - 8, -1):  # a Function without an operation in it has none of its own
+            if earlier in self.made_by:
+                return self.made_by[earlier]
+        return None, None
+
+    def leaf(self, tensor: Tensor) -> Leaf | None:
+        """What a tensor is, of those that were there before the step."""
+        return self._leaves.get(_storage(tensor))
+
+    def _largest(self, inputs: Sequence[Tensor]) -> float | None:
+        found = [tensor_range(t)[0] for t in inputs]
+        return max((largest for largest in found if largest is not None), default=None)
+
+
+def leaves_of(model: nn.Module, batch: Any) -> tuple[dict[int, Leaf], list[str]]:
+    """What is there before the step, by storage; and names of inputs that are bad and no tensors."""
+    leaves: dict[int, Leaf] = {}
+    suspects: list[str] = []
+    for path, value in batch_leaves(batch):
+        if isinstance(value, Tensor):
+            leaves[_storage(value)] = Leaf(path, None, "input")
+        elif np.issubdtype(np.asarray(value).dtype, np.floating) and not np.isfinite(value).all():
+            suspects.append(path)
+    for module_name, module in named_modules(model).items():
+        prefix = "" if module_name == "(root)" else f"{module_name}."
+        for name, attribute in vars(module).items():
+            if isinstance(attribute, Tensor):
+                leaves.setdefault(_storage(attribute), Leaf(f"{prefix}{name}", module_name, "attribute"))
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                leaves[_storage(buffer)] = Leaf(f"{prefix}{name}", module_name, "buffer")
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                leaves[_storage(parameter)] = Leaf(f"{prefix}{name}", module_name, "parameter")
+    return leaves, suspects
+
+
+def batch_leaves(value: Any, path: str = "", depth: int = 8) -> Iterator[tuple[str, Any]]:
+    """Tensors, arrays and floats of a batch with their paths, such as "targets.0.boxes"."""
+    if isinstance(value, (Tensor, np.ndarray, float)):
+        yield path or "batch", value
+        return
+    if depth == 0 or value is None:
+        return
+    items: Any = ()
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        items = zip(value._fields, value, strict=True)
+    elif isinstance(value, (list, tuple)):
+        items = enumerate(value)
+    elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)):
+        items = vars(value).items()
+    for key, entry in items:
+        yield from batch_leaves(entry, f"{path}.{key}" if path else str(key), depth - 1)
+
+
+def node_name(node: Any) -> str:
+    """Autograd's name of a node, without its namespace."""
+    return str(node.name()).split("::")[-1]
+
+
+def _op_name(func: Any) -> str:
+    return str(func._schema.name).replace("::", ".")
+
+
+def _floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()) and not value.is_meta
+
+
+def _is_bad(tensor: Tensor) -> bool:
+    return tensor_range(tensor)[1] > 0
+
+
+def _is_mask(inputs: Sequence[Tensor]) -> bool:
+    """Whether a logarithm was taken of zeros and ones, which is how some write a mask."""
+    return all(bool(((t == 0) | (t == 1)).all()) for t in inputs)
+
+
+def _outputs(output: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Tensors that an operation changes in place."""
+    found = []
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[index] if index < len(args) else kwargs.get(argument.name)
+            found += [t for t in tree_leaves(value) if _floating(t)]
+    return found
+
+
+def _argument(tensor: Tensor) -> Argument:
+    x = numbers(tensor.detach())
+    low = high = least = None
+    if x.numel():
+        low, high = (float(v) for v in torch.aminmax(x))
+        least = float(x.abs().amin())
+    return Argument(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), low, high, least)
+
+
+def _storage(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse, functorch's wrappers
+        return id(tensor)
