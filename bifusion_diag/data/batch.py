@@ -54,6 +54,41 @@ class Batch:
         moved: dict[str, Any] = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in values.items()}
         return Batch(**moved)
 
+    def select(self, scenes: Sequence[int]) -> Batch:
+        """The batch of some of its scenes, in the order given; a scene may be there twice.
+
+        Raises:
+            IndexError: there is no such scene, or none is asked for.
+        """
+        if not scenes or not all(0 <= scene < self.batch_size for scene in scenes):
+            raise IndexError(f"scenes {list(scenes)} of a batch of {self.batch_size}")
+        chosen = list(scenes)
+        ends = np.cumsum(self.point_counts)
+        device = self.xyz.device
+        rows = torch.cat([torch.arange(ends[i] - self.point_counts[i], ends[i]) for i in chosen]).to(device)
+        points = torch.tensor([self.point_counts[i] for i in chosen], device=device)
+        superpoints = [self.superpoint_counts[i] for i in chosen]
+        before = np.cumsum(self.superpoint_counts) - self.superpoint_counts  # superpoints of the scenes before
+        shift = np.cumsum(superpoints) - superpoints - before[chosen]
+        return Batch(
+            xyz=self.xyz[rows],
+            coords=self.coords[rows],
+            color=self.color[rows],
+            scene_index=torch.arange(len(chosen), device=device).repeat_interleave(points),
+            point_counts=tuple(points.tolist()),
+            superpoint=self.superpoint[rows] + torch.from_numpy(shift).to(device).repeat_interleave(points),
+            superpoint_counts=tuple(superpoints),
+            semantic=self.semantic[rows],
+            instance=self.instance[rows],
+            images=self.images[chosen],
+            depth=self.depth[chosen],
+            intrinsics=self.intrinsics[chosen],
+            pose=self.pose[chosen],
+            names=tuple(self.names[i] for i in chosen),
+            labels=tuple(self.labels[i] for i in chosen),
+            notes=tuple(self.notes[i] for i in chosen) if self.notes else (),
+        )
+
 
 def collate(scenes: Sequence[Scene], coords: Sequence[NDArray[Any]]) -> Batch:
     """Concatenate scenes.

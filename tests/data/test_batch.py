@@ -80,3 +80,29 @@ def test_colours_that_are_not_finite_are_kept_and_noted(make_scene):
     batch = collate([scene], [scene.points[:, :3]])
     assert batch.notes == (("2 points with non-finite colours",),)
     assert int(batch.color.isnan().any(1).sum()) == 2
+
+
+def test_scenes_of_a_batch_are_the_batch_of_these_scenes(make_scene):
+    """Against collate itself: every field of the chosen scenes, in their new order."""
+    sizes = (10, 4, 7)
+    scenes = [
+        make_scene(n, seed=i, name=f"s{i}", views=2, superpoint=np.arange(n) % (i + 2)) for i, n in enumerate(sizes)
+    ]
+    coords = [scene.points[:, :3] + 1 for scene in scenes]
+    batch = collate(scenes, coords)
+    for chosen in ([1], [2, 0], [0, 1, 2], [1, 1, 2]):
+        picked, whole = batch.select(chosen), collate([scenes[i] for i in chosen], [coords[i] for i in chosen])
+        for name, expected in vars(whole).items():
+            found = getattr(picked, name)
+            if isinstance(expected, torch.Tensor):
+                assert found.dtype == expected.dtype, name
+                assert torch.equal(found, expected), name
+            else:
+                assert found == expected, name
+
+
+@pytest.mark.parametrize("chosen", [[], [2], [-1]])
+def test_a_scene_that_the_batch_does_not_have_cannot_be_selected(make_scene, chosen):
+    batch = collate([make_scene(3), make_scene(4)], [np.zeros((3, 3)), np.zeros((4, 3))])
+    with pytest.raises(IndexError, match="of a batch of 2"):
+        batch.select(chosen)
