@@ -361,6 +361,12 @@ class TrainingSettings(Strict):
     checkpoint_every: int = Field(
         0, ge=0, description="steps between checkpoints; 0 = only at the end and on interruption"
     )
+    keep_checkpoints: int = Field(
+        2, ge=0, description="newest checkpoints kept; a replay of the run begins at one. 0 = every one"
+    )
+    fingerprint_every: int = Field(
+        10, ge=0, description="steps between digests of the weights, which a replay is held to; 0 = none"
+    )
 
     @field_validator("stages", mode="before")
     @classmethod

@@ -22,7 +22,7 @@ from bifusion_diag.record import codec
 from bifusion_diag.record.blocks import Block, BlockTail
 from bifusion_diag.record.document import event_from
 from bifusion_diag.record.reader import EVENTS_FILE, HEADER_FILE, RESUME, file_number, read_state
-from bifusion_diag.record.schema import Event, Ints, RecordError, RunHeader
+from bifusion_diag.record.schema import FINGERPRINT, Event, Ints, RecordError, RunHeader
 
 EVENTS_KEPT = 100
 _CHUNK = 1 << 16  # bytes of the events read at once
@@ -175,6 +175,8 @@ class RecordFollower:
         known = bool(self._tails)
         news = False
         for event in self._new_events():
+            if event.kind == FINGERPRINT:  # tells nothing of what happens, and would displace what does
+                continue
             news = True
             if event.kind == RESUME and event.step is not None:
                 if known:  # rows that are kept may be void, and void rows may have displaced valid ones

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from bifusion_diag.record import codec
 from bifusion_diag.record.document import to_document
 from bifusion_diag.record.reader import RecordReader
-from bifusion_diag.record.schema import Event, Floats, Histogram, Ints, Run, Series, SeriesStats
+from bifusion_diag.record.schema import FINGERPRINT, Event, Floats, Histogram, Ints, Run, Series, SeriesStats
 
 MAX_BYTES = 5_000_000  # of run.json
 MAIN = ("loss/", "train/")
@@ -33,6 +33,7 @@ SERIES_COST = 150  # of a series without its name and buckets: mostly statistics
 MAX_BUCKETS = 2000  # more than a plot has pixels
 MAX_HISTOGRAM_BUCKETS = 300
 MAX_EVENTS = 1000
+MAX_FINGERPRINTS = 200  # events that say nothing of what happened, and come every few steps
 MAX_STEP_RANGES = 4096
 GROUP_BYTES = 16_000_000  # of columns held in memory at once
 
@@ -70,7 +71,7 @@ def _reduce(reader: RecordReader, shrink: float) -> Run:
             series[one.name] = one
         cost = EXACT_COST if len(starts) == rows else BUCKET_COST
         spare += room - len(part) * len(starts) * cost - borrowed
-    events = reader.events()
+    events = _with_fewer_fingerprints(reader.events(), max(1, int(MAX_FINGERPRINTS * shrink)))
     keep = max(2, int(MAX_EVENTS * shrink)) // 2
     dropped = max(0, len(events) - 2 * keep)
     if dropped:  # the first ones tell the cause, the last ones the end
@@ -96,6 +97,15 @@ def _reduce(reader: RecordReader, shrink: float) -> Run:
         measures=state.measures,
         events_dropped=dropped,
     )
+
+
+def _with_fewer_fingerprints(events: list[Event], most: int) -> list[Event]:
+    """The events, with at most so many fingerprints, evenly spread."""
+    places = [place for place, event in enumerate(events) if event.kind == FINGERPRINT]
+    if len(places) <= most:
+        return events
+    kept = {places[int((number + 0.5) * len(places) / most)] for number in range(most)}
+    return [event for place, event in enumerate(events) if event.kind != FINGERPRINT or place in kept]
 
 
 def _fixed_cost(name: str) -> int:

@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from bifusion_diag.errors import UserError
 
 SCHEMA_VERSION = "2.0"
+FINGERPRINT = "fingerprint"  # kind of the event with a digest of the weights; data: done (steps), weights
 STATUSES = ("running", "completed", "interrupted", "failed")
 UNITS = {"throughput/*_seconds": "s", "throughput/*_mib": "MiB"}  # of the probes' series, where the run states no other
 

@@ -25,12 +25,11 @@ from bifusion_diag.probes.ranks import own_rank
 from bifusion_diag.training.determinism import random_states, restore_random_states
 
 FORMAT_VERSION = 1
-KEEP = 2
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What :func:`latest_checkpoint` finds."""
+    """What :func:`latest_checkpoint` and :func:`nearest_checkpoint` find."""
 
     folder: Path
     step: int  # steps done: the next step to run
@@ -43,7 +42,13 @@ def checkpoint_folder(run_json: Path) -> Path:
 
 
 def save_checkpoint(
-    parent: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, info: dict[str, Any]
+    parent: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    info: dict[str, Any],
+    *,
+    keep: int = 2,
 ) -> Path:
     """Write a checkpoint whole or not at all, and drop all but the newest ones.
 
@@ -56,6 +61,7 @@ def save_checkpoint(
         model: its state is stored except for parameters that no optimiser holds.
         optimizer: its per-parameter state is stored under the parameters' names.
         info: JSON-serialisable facts to get back on resuming.
+        keep: checkpoints that are there afterwards, the newest; 0 drops none.
     """
     target = parent / f"step-{step:06d}"
     random = random_states()
@@ -80,7 +86,7 @@ def save_checkpoint(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # a full disk is not filled further
         raise
-    for old in _by_step(parent)[:-KEEP]:
+    for old in _by_step(parent)[:-keep] if keep else ():
         shutil.rmtree(old)
     return target
 
@@ -94,7 +100,21 @@ def latest_checkpoint(parent: Path) -> Checkpoint:
     folders = _by_step(parent)
     if not folders:
         raise UserError(f"nothing to resume: no checkpoint in {parent}")
-    path = folders[-1] / "checkpoint.json"
+    return _read(folders[-1])
+
+
+def nearest_checkpoint(parent: Path, step: int) -> Checkpoint | None:
+    """The newest checkpoint of a run after at most so many steps, None where there is none.
+
+    Raises:
+        UserError: it is corrupt, or it is from a newer version.
+    """
+    folders = [folder for folder in _by_step(parent) if _step_of(folder) <= step]
+    return _read(folders[-1]) if folders else None
+
+
+def _read(folder: Path) -> Checkpoint:
+    path = folder / "checkpoint.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version, step, info = content["format_version"], content["step"], content["info"]
@@ -104,7 +124,7 @@ def latest_checkpoint(parent: Path) -> Checkpoint:
         ) from error
     if version > FORMAT_VERSION:
         raise UserError(f"{path} has format version {version}; this bifusion-diag reads up to {FORMAT_VERSION}")
-    return Checkpoint(folders[-1], step, info)
+    return Checkpoint(folder, step, info)
 
 
 def restore_checkpoint(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -141,8 +161,12 @@ def restore_checkpoint(checkpoint: Checkpoint, model: nn.Module, optimizer: torc
 
 def _by_step(parent: Path) -> list[Path]:
     """Checkpoints, oldest first: by number, as the names' order is another one from a million steps on."""
-    numbered = {path: path.name.removeprefix("step-") for path in parent.glob("step-*")}
-    return sorted((path for path, number in numbered.items() if number.isdecimal()), key=lambda p: int(numbered[p]))
+    named = (path for path in parent.glob("step-*") if path.name.removeprefix("step-").isdecimal())
+    return sorted(named, key=_step_of)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def _placed(key: str, value: Tensor, parameter: Tensor) -> Tensor:

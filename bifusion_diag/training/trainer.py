@@ -7,7 +7,8 @@ import shlex
 import shutil
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from bifusion_diag.model.build import build_model
 from bifusion_diag.model.checkpoints import load_weights
 from bifusion_diag.model.outputs import LossOutput
 from bifusion_diag.probes import Monitor, probe_preset
+from bifusion_diag.probes.base import Schedule
+from bifusion_diag.probes.losses import LossesProbe
 from bifusion_diag.probes.ranks import agree, own_rank, world_size
 from bifusion_diag.record import (
     RecordReader,
@@ -36,6 +39,7 @@ from bifusion_diag.record import (
     collect_environment,
     load_run,
 )
+from bifusion_diag.record.schema import FINGERPRINT
 from bifusion_diag.training.checkpoint import (
     Checkpoint,
     checkpoint_folder,
@@ -54,6 +58,7 @@ from bifusion_diag.training.distributed import (
     where_it_began,
 )
 from bifusion_diag.training.evaluation import Evaluator, training_source, validation_source
+from bifusion_diag.training.fingerprint import weights_digest
 from bifusion_diag.training.optim import build_optimizer, clip_gradient, learning_rate, set_learning_rate
 from bifusion_diag.training.progress import ProgressDisplay
 from bifusion_diag.training.signals import StopRequest, stop_on_signals
@@ -109,6 +114,23 @@ def resume_training(out: Path, *, console: Console) -> Run:
         return Trainer(settings, out, info["probes"], info["command"], console, checkpoint).run()
 
 
+@dataclass(frozen=True)
+class Again:
+    """A part of a recorded run that is trained once more, into a record of its own and without checkpoints.
+
+    Attributes:
+        end: steps done when it ends.
+        watched_from: the step from which on probes measure; the losses are always measured.
+        digests: after so many steps the weights are digested.
+        origin: for the record's provenance.
+    """
+
+    end: int
+    watched_from: int
+    digests: Set[int]
+    origin: dict[str, Any]
+
+
 class Trainer:
     """One run from its settings to its record.
 
@@ -136,11 +158,18 @@ class Trainer:
         command: Sequence[str],
         console: Console,
         checkpoint: Checkpoint | None = None,
+        again: Again | None = None,
     ) -> None:
         training = settings.training
+        self.again = again
+        self.end = training.steps if again is None else again.end  # steps done when the run is complete
         probes = list(dict.fromkeys([*ALWAYS, *probes]))
         labels = {"semantic": (0, settings.model.decoder.semantic_classes - 1)}
         instruments = probe_preset("bifusion", probes, labels=labels)
+        if again is not None:
+            for probe in instruments:
+                if not isinstance(probe, LossesProbe):
+                    probe.every = _not_before(again.watched_from, probe.every)
         self.settings = settings
         self.out = check_output(out)
         self.console = console if own_rank() == 0 else Console(quiet=True)
@@ -178,6 +207,7 @@ class Trainer:
                 "data": source.describe(),
                 "scenes_per_epoch": self.loader.scenes_per_epoch,
                 **validation,
+                **({} if again is None else {"replay": again.origin}),
             },
             parameters={name: size._asdict() for name, size in self.model.part_sizes().items()},
             probes=probes,
@@ -192,8 +222,9 @@ class Trainer:
             "ranks": world_size(),
         }
         tensorboard = TensorBoardSink(out.with_name(f"{out.stem}.tensorboard")) if own_rank() == 0 else None
-        resume_at = None if checkpoint is None else checkpoint.step
-        if checkpoint is None and own_rank() == 0:
+        resume_at = None if checkpoint is None or again is not None else checkpoint.step
+        self.resumed = resume_at is not None
+        if not self.resumed and own_rank() == 0:
             # Of an earlier run of this name; first, so that no kill leaves them beside the record of this run.
             shutil.rmtree(checkpoint_folder(out), ignore_errors=True)
         self.writer = RunWriter(out, header, resume_at=resume_at, tensorboard=tensorboard, **part)
@@ -216,8 +247,10 @@ class Trainer:
         done = self.first_step
         with self.writer, explained(), stop_on_signals(shared=world_size() > 1) as self.stop:
             title = f"{self.settings.preset} ({self.settings.scale})"
-            with ProgressDisplay(self.console, title, training.steps, done) as display, self.monitor:
-                while done < training.steps and not self.stop.requested:
+            if not self.resumed:
+                self._fingerprint(done)
+            with ProgressDisplay(self.console, title, self.end, done) as display, self.monitor:
+                while done < self.end and not self.stop.requested:
                     self._enter(done, display)
                     measured = self._evaluated(done, display) if self._evaluates_before(done) else {}
                     if self.stop.requested:
@@ -229,17 +262,18 @@ class Trainer:
                     for name, value in measured.items():
                         self.monitor.log(name, value)
                     self.monitor.end_step()
+                    self._fingerprint(done)
                     if training.checkpoint_every and done % training.checkpoint_every == 0 and done < training.steps:
                         self._save(done)
             if self.stop.requested:
                 last = done - 1 if done else None
                 where = f" on {_name_of(self.stop.ranks)}" if self.stop.ranks else ""
-                message = f"{self.stop.signal_name}{where} after {done} of {training.steps} steps"
+                message = f"{self.stop.signal_name}{where} after {done} of {self.end} steps"
                 self.writer.event(last, "signal", message)
             if done > self.first_step or not done:  # else it is the checkpoint that the run was resumed from
                 self._save(done)
             measures = measures_to_dict(measure_record(RecordReader(self.writer.folder)))
-            self.writer.finish("interrupted" if done < training.steps else "completed", measures=measures)
+            self.writer.finish("interrupted" if done < self.end else "completed", measures=measures)
         # A full disk leaves no run.json.
         return load_run(self.out if own_rank() == 0 and self.out.is_file() else self.writer.folder)
 
@@ -349,15 +383,34 @@ class Trainer:
             self.writer.event(step, "spike", message, **facts)
         display.incident(f"step {step}: {message}; scenes {', '.join(facts['scenes'])}")
 
+    def _weights(self) -> str:
+        """A digest of what learns in some stage."""
+        return weights_digest(p for group in self.optimizer.param_groups for p in group["params"])
+
+    def _fingerprint(self, done: int) -> None:
+        """Record a digest of the weights after so many steps where one is due, for a replay to be held to."""
+        every = self.settings.training.fingerprint_every
+        if done in self.again.digests if self.again is not None else every and done % every == 0:
+            message = f"weights after {done} steps"
+            self.writer.event(done - 1 if done else None, FINGERPRINT, message, done=done, weights=self._weights())
+
     def _save(self, done: int) -> None:
+        if self.again is not None:
+            return
         self.monitor.flush()
-        info = {**self.info, "grad_norms": self.spikes.previous}
+        info = {**self.info, "grad_norms": self.spikes.previous, "weights": self._weights()}
         try:
-            save_checkpoint(checkpoint_folder(self.out), done, self.model, self.optimizer, info)
+            keep = self.settings.training.keep_checkpoints
+            save_checkpoint(checkpoint_folder(self.out), done, self.model, self.optimizer, info, keep=keep)
         except (OSError, SafetensorError) as error:  # a full disk ends no training
             message = f"no checkpoint after {done} steps: {error}"
             self.writer.event(done - 1 if done else None, "checkpoint", message)
             warnings.warn(f"{message}. The run goes on without it.", RuntimeWarning, stacklevel=2)
+
+
+def _not_before(first: int, due: Schedule) -> Schedule:
+    """Due at the same steps, but at none before the first."""
+    return lambda step: step >= first and due(step)
 
 
 def _name_of(ranks: Sequence[int]) -> str:

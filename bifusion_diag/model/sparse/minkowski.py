@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bifusion_diag.errors import UserError
@@ -56,7 +57,9 @@ class MinkowskiMaps:
                 "device. Choose sparse_engine 'native', or device 'cpu'."
             )
         kind = self._me.CoordinateMapType.CUDA if cells.is_cuda else self._me.CoordinateMapType.CPU
-        self._manager = self._me.CoordinateManager(D=3, coordinate_map_type=kind)
+        # Its own choice would be OMP_NUM_THREADS or every processor, for all of the process from here on.
+        threads = torch.get_num_threads()
+        self._manager = self._me.CoordinateManager(D=3, num_threads=threads, coordinate_map_type=kind)
         key, _ = self._manager.insert_and_map(cells.int().contiguous(), [1, 1, 1], "")
         self._keys = {1: key}
 
