@@ -17,6 +17,7 @@ from rich.markup import escape
 from bifusion_diag.cli.compare import compare
 from bifusion_diag.cli.params import params
 from bifusion_diag.cli.presets import presets
+from bifusion_diag.cli.replay import replay
 from bifusion_diag.cli.report import report
 from bifusion_diag.cli.train import train
 from bifusion_diag.cli.watch import watch
@@ -35,6 +36,7 @@ app.command("train")(train)
 app.command("watch")(watch)
 app.command("compare")(compare)
 app.command("report")(report)
+app.command("replay")(replay)
 app.command("presets")(presets)
 app.command("params")(params)
 

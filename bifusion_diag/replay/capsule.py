@@ -46,6 +46,7 @@ from bifusion_diag.replay.machine import machine
 from bifusion_diag.replay.notes import StepNotes
 from bifusion_diag.replay.step import Fingerprint, Training, digest, fingerprint
 from bifusion_diag.replay.tree import Decoder, Encoder, class_name, find_class
+from bifusion_diag.replay.user_hooks import user_hooks
 
 KIND = "bifusion-diag capsule"
 FORMAT_VERSION = 1
@@ -92,7 +93,19 @@ class CapsuleWriter:
         self._state = state
         self._rebuilt = frozenset(map(plain_name, rebuilt))
         self._alike: Counter[tuple[str, str]] = Counter()
+        self._versions: dict[str, int] = {}  # of rebuilt weights, as training began
         self._digest: tuple[Any, str] | None = None  # of the rebuilt weights, and what it was taken of
+
+    def open(self, model: nn.Module, folder: Path | None) -> None:
+        """Training begins.
+
+        Args:
+            model: its weights that are rebuilt are now what the settings give; what changes later is stored.
+            folder: where capsules are written; None: nowhere.
+        """
+        self.folder = folder
+        named = {plain_name(path): parameter for path, parameter in model.named_parameters()}
+        self._versions = {name: p._version for name, p in named.items() if name in self._rebuilt}
 
     def size(self, training: Training, batch: Any) -> int:
         """How many bytes a capsule will take, but for its JSON."""
@@ -165,10 +178,10 @@ class CapsuleWriter:
             "kind": KIND,
             "format_version": FORMAT_VERSION,
             "step": incident.step,
-            "incident": _strict(incident.to_dict()),
+            "incident": plain_json(incident.to_dict()),
             **self._bits(incident, training, notes, of_step, updated=updated),
             "weights": "after the update" if updated else "as the step began",
-            "settings": _strict(self._settings),
+            "settings": plain_json(self._settings),
             "environment": collect_environment() | machine(training.model),
             "rank": own_rank(),
             "ranks": world_size(),
@@ -199,12 +212,17 @@ class CapsuleWriter:
         """State of model, optimisers, scaler and generators; without notes, what there is now."""
         code, model = Encoder(), training.model
         parameters = training.parameters()
-        rebuilt = {name: p for name, p in parameters.items() if name in self._rebuilt}
+        known = self._versions
+        rebuilt = {
+            name: p
+            for name, p in parameters.items()
+            if name in self._rebuilt and p._version == known.get(name, p._version)
+        }
         buffers = dict(model.named_buffers()) if notes is None else notes.start.buffers
         content: dict[str, Any] = {
             "model": {
                 "classes": {plain_name(path): class_name(type(m)) for path, m in model.named_modules()},
-                "hooks": hooks_of(model),
+                "hooks": hooks_of(training),
                 "parameters": {
                     name: code.encode(p.detach(), f"model/{name}")
                     for name, p in parameters.items()
@@ -480,27 +498,13 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def hooks_of(model: nn.Module) -> dict[str, list[str]]:
-    """Names of the hooks and instance methods that others have put on modules and parameters: what a model that is
-    built again may lack. Ours and PyTorch's are left out."""
+def hooks_of(training: Training) -> dict[str, list[str]]:
+    """Hooks and patched forwards that somebody has put on modules and parameters, by owner: what a model that is built
+    again may lack."""
     found: dict[str, list[str]] = {}
-    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-    for path, module in model.named_modules():
-        functions = [hook for kind in kinds for hook in getattr(module, kind).values()]
-        functions += [value for key, value in vars(module).items() if key == "forward" and callable(value)]
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                functions += list((parameter._backward_hooks or {}).values())
-                functions += list((getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values())
-        names = [name for name in map(_function_name, functions) if not name.startswith(("bifusion_diag.", "torch."))]
-        if names:
-            found[plain_name(path)] = names
+    for hook in user_hooks(training):
+        found.setdefault(hook.owner, []).append(hook.source)
     return found
-
-
-def _function_name(function: Any) -> str:
-    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
-    return f"{module or type(function).__module__}.{name or type(function).__qualname__}"
 
 
 def _encode_optimizer(
@@ -696,22 +700,22 @@ def _dumps(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, allow_nan=False, ensure_ascii=True, indent=indent)
 
 
-def _strict(value: Any) -> Any:
+def plain_json(value: Any) -> Any:
     """Plain data as strict JSON: NaN and ±Inf as strings, as in the record."""
     if isinstance(value, Mapping):
-        return {str(key): _strict(entry) for key, entry in value.items()}
+        return {str(key): plain_json(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [_strict(entry) for entry in value]
+        return [plain_json(entry) for entry in value]
     if isinstance(value, (np.generic, Tensor)):
         value = value.tolist() if value.ndim else value.item()
-        return _strict(value)
+        return plain_json(value)
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
 def _lenient(value: Any) -> Any:
-    """The inverse of :func:`_strict`, but for what JSON does not tell apart."""
+    """The inverse of :func:`plain_json`, but for what JSON does not tell apart."""
     if isinstance(value, dict):
         return {key: _lenient(entry) for key, entry in value.items()}
     if isinstance(value, list):

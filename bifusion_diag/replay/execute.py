@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import importlib.util
+import sys
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from bifusion_diag.errors import UserError
 from bifusion_diag.probes import Monitor, Probe
 from bifusion_diag.probes.base import schedule
 from bifusion_diag.probes.catalogue import make_probes
-from bifusion_diag.probes.modules import plain_name
+from bifusion_diag.probes.modules import bare_model, plain_name
 from bifusion_diag.record import collect_environment
 from bifusion_diag.replay.capsule import Capsule, Outcome, hooks_of, restore_capsule, run_again
 from bifusion_diag.replay.incident import ModuleTrace
@@ -61,6 +68,66 @@ class Replay:
     def to_dict(self) -> dict[str, Any]:
         """Plain data; numbers may be NaN."""
         return dataclasses.asdict(self)
+
+
+def training_of(entry: str, settings: Mapping[str, Any]) -> Training:
+    """What a user's function builds.
+
+    Args:
+        entry: "module:function" or "file.py:function", as seen from the current folder. The function is given the
+            run's settings, and returns a Training, (model, step) or (model, step, optimizer).
+        settings: of the run.
+
+    Raises:
+        UserError: there is no such function, it raised, or it returned something else.
+    """
+    path, colon, name = entry.rpartition(":")
+    if not colon or not path or not name:
+        raise UserError(f"--entry {entry}: give module:function or file.py:function")
+    function = getattr(_imported(entry, path), name, None)
+    if not callable(function):
+        raise UserError(f"--entry {entry}: {path} has no function {name!r}")
+    try:
+        built = function(dict(settings))
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"{type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})"
+        raise UserError(f"--entry {entry}: the function raised {what}; it is called with the run's settings") from error
+    if isinstance(built, Training):
+        return dataclasses.replace(built, model=bare_model(built.model))
+    if isinstance(built, tuple) and len(built) in (2, 3) and isinstance(built[0], nn.Module) and callable(built[1]):
+        optimizers = () if len(built) == 2 else built[2]
+        optimizers = (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers or ())
+        return Training(bare_model(built[0]), built[1], optimizers)
+    raise UserError(
+        f"--entry {entry}: the function returned a {type(built).__name__}; it must return (model, step), "
+        "(model, step, optimizer) or a bifusion_diag.replay.Training; step is the function from a batch to its loss"
+    )
+
+
+def _imported(entry: str, path: str) -> ModuleType:
+    """The module of that name, or of that file."""
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)  # as `python -m` does
+    try:
+        if not path.endswith(".py"):
+            return importlib.import_module(path)
+        file, name = Path(path), Path(path).stem
+        if not file.is_file():
+            raise UserError(f"--entry {entry}: there is no file {path}")
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.path.insert(0, str(file.resolve().parent))
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # so that the classes of a batch are found
+        spec.loader.exec_module(module)
+        return module
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"--entry {entry}: {path} cannot be imported ({type(error).__name__}: {error})") from error
 
 
 def replay_capsule(
@@ -143,7 +210,7 @@ def why_it_may_differ(capsule: Capsule, training: Training) -> list[str]:
     then, now = capsule.content["environment"], collect_environment() | machine(training.model)
     stored = capsule.content["model"]
     reasons = [f"not in the capsule: {entry}" for entry in capsule.lost]
-    hooks = hooks_of(training.model)
+    hooks = hooks_of(training)
     for name, functions in stored["hooks"].items():
         gone = [function for function in functions if function not in hooks.get(name, [])]
         if gone:

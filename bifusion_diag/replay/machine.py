@@ -24,7 +24,7 @@ def machine(model: nn.Module) -> dict[str, Any]:
         "cublas_workspace": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "deterministic_warns": torch.is_deterministic_algorithms_warn_only_enabled(),
-        "fill_memory": torch.utils.deterministic.fill_uninitialized_memory,
+        "fill_memory": torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
         "cudnn": {name: getattr(torch.backends.cudnn, name) for name in ("enabled", "benchmark", "deterministic")},
         "mkldnn": torch.backends.mkldnn.enabled,
         "matmul_precision": torch.get_float32_matmul_precision(),
