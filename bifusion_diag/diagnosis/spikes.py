@@ -46,15 +46,18 @@ class SpikeDetector:
         """The norms that the next one is judged by."""
         return list(self._previous)
 
+    def judge(self, norm: float) -> bool:
+        """Whether a next step with this pre-clip gradient norm would be a spike."""
+        if not (math.isfinite(norm) and norm > 0) or len(self._previous) < MIN_PREVIOUS:
+            return False
+        window = np.asarray(self._previous, dtype=np.float64)[None]
+        return bool(_judge(window, np.asarray([norm], dtype=np.float64))[0][0])
+
     def update(self, norm: float) -> bool:
         """Judge the next step's pre-clip gradient norm, then remember it."""
-        if not (math.isfinite(norm) and norm > 0):
-            return False
-        spike = False
-        if len(self._previous) >= MIN_PREVIOUS:
-            window = np.asarray(self._previous, dtype=np.float64)[None]
-            spike = bool(_judge(window, np.asarray([norm], dtype=np.float64))[0][0])
-        self._previous.append(float(norm))
+        spike = self.judge(norm)
+        if math.isfinite(norm) and norm > 0:
+            self._previous.append(float(norm))
         return spike
 
 

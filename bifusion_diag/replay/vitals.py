@@ -64,6 +64,13 @@ class Vitals:
         moved: by module: whether any sampled weight changed in the update; None: there was no update.
         update_ratio: by module: ‖Δw‖ / ‖w‖ of the sampled weights.
         bad_weights: names of parameters that the update made NaN or infinite.
+        parameters: by parameter: FROZEN ... NONFINITE, as of modules; empty where no backward was seen.
+        owners: by parameter: the modules that own it.
+        outside: by module: ‖Δw‖ / ‖w‖ of the sampled weights from the last update to just before this one, where they
+            have changed in between; only of modules that an optimiser holds.
+        stuck: names of parameters that got a gradient and whose sampled weights did not move in the update.
+        loose: names of parameters that require a gradient and that no optimiser holds.
+        local_norm: L2 norm of this process's own gradient, before it was reduced over processes; None: not measured.
     """
 
     step: int
@@ -87,3 +94,9 @@ class Vitals:
     moved: Mapping[str, bool] | None = None
     update_ratio: Mapping[str, float] = field(default_factory=dict)
     bad_weights: tuple[str, ...] = ()
+    parameters: Mapping[str, int] = field(default_factory=dict)
+    owners: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    outside: Mapping[str, float] = field(default_factory=dict)
+    stuck: tuple[str, ...] = ()
+    loose: frozenset[str] = frozenset()
+    local_norm: float | None = None
