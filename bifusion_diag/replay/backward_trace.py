@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from bifusion_diag.replay.forward_trace import NEAR, Jump, is_loss
 from bifusion_diag.replay.frames import Line, line_of, line_of_error, told
 from bifusion_diag.replay.incident import Cause, ModuleTrace
 from bifusion_diag.replay.notes import StepNotes
-from bifusion_diag.replay.origin import Origin, OpWatch, leaves_of, node_name
+from bifusion_diag.replay.origin import OpWatch, Origin, leaves_of, node_name
 from bifusion_diag.replay.step import Training
 
 
@@ -36,7 +37,7 @@ class NodeTrace(NamedTuple):
         outgoing: of those that it returned, one for each of `next`; None: it returned none.
         next: indices of the nodes that they go to; -1: they go nowhere, or to one that did not run.
         parameter: of an AccumulateGrad.
-        backward: where the backward of a user's Function is defined.
+        backward: where the user's own code ran in it: in a hook or in a Function's backward.
     """
 
     op: str
@@ -83,21 +84,20 @@ class BackwardTrace:
         """Where the bad values of a parameter's gradient began; None: of all, the first."""
         names = self.bad_parameters if parameter is None else (parameter,)
         found = [origin for name in names for origin in self.origins.get(name, ())]
-        backward = [origin for origin in found if origin.direction == "backward"]
+        backward = [origin for origin in found if origin.node is not None]
         return next(iter(backward or found), None)
 
     def bad_node(self) -> NodeTrace | None:
-        """The first node that was given finite gradients and returned others."""
-        return next(
-            (
-                node
-                for node in self.nodes
-                if node.incoming is not None
-                and math.isfinite(node.incoming)
-                and any(norm is not None and not math.isfinite(norm) for norm in node.outgoing)
-            ),
-            None,
-        )
+        """The first node that was given finite gradients and returned others that arrive at a parameter."""
+        arrives: set[int] = set()
+        for index in reversed(range(len(self.nodes))):
+            node = self.nodes[index]
+            if (node.parameter is not None and _is_bad(node.incoming)) or any(
+                following in arrives and _is_bad(norm)
+                for following, norm in zip(node.next, node.outgoing, strict=False)
+            ):
+                arrives.add(index)
+        return next((self.nodes[index] for index in sorted(arrives) if not _is_bad(self.nodes[index].incoming)), None)
 
     def cause(self, parameter: str | None = None) -> Cause | None:
         """Where the bad gradients began, of one parameter or of all. None: all are finite."""
@@ -106,7 +106,7 @@ class BackwardTrace:
         if not self.bad_parameters:
             return None
         origin, node = self.origin(parameter), self.bad_node()
-        if origin is not None and (origin.direction == "backward" or node is None):
+        if origin is not None and (node is None or (origin.node is not None and origin.op is not None)):
             return origin.cause
         return node.cause if node is not None else None
 
@@ -123,7 +123,15 @@ def trace_backward(training: Training, notes: StepNotes, terms: Sequence[str] | 
         leaves, suspects = leaves_of(training.model, batch)
         watch = OpWatch(lambda: calls.current, leaves, suspects=suspects)
         arrived: dict[int, tuple[float, int]] = {}  # call → sum of squares and bad values of its outputs' gradients
-        calls = Calls(training.model, watch.quiet, ended=lambda index, output: _listen(watch, arrived, index, output))
+        watch.until = sys._getframe()
+
+        def ended(index: int, output: Any) -> None:
+            module = calls.modules[index]
+            if module._backward_hooks or module._backward_pre_hooks:  # they get a node of their own, made next
+                watch.made_by.setdefault(torch.autograd._get_sequence_nr(), (calls.calls[index].name, None))
+            _listen(watch, arrived, index, output)
+
+        calls = Calls(training.model, watch.quiet, ended=ended)
         watch.is_loss = lambda name: name is None or is_loss(calls, name)
         watch.module_names = {id(module): name for name, module in calls.names.items()}
         graph = _Graph(watch)
@@ -144,9 +152,8 @@ def trace_backward(training: Training, notes: StepNotes, terms: Sequence[str] | 
             training.backward(loss)
         except Exception as error:
             where = told(line_of_error(error))
-            node = torch._C._current_autograd_node()
-            direction = "backward" if forward else "forward"
-            module = calls.current if node is None else watch.place(node)[0]
+            node = graph.running
+            module, direction = (watch.place(node)[0], "backward") if forward and node else (calls.current, "forward")
             raised = Cause(module, direction, type(error).__name__, where)  # type: ignore[arg-type]
         finally:
             graph.unhook()
@@ -173,6 +180,10 @@ def first_backward_jump(trace: BackwardTrace, contrast: BackwardTrace, factor: f
             largest = max(jump.growth for jump in large)
             return next(jump for jump in large if jump.growth >= largest / NEAR)
     return None
+
+
+def _is_bad(norm: float | None) -> bool:
+    return norm is not None and not math.isfinite(norm)
 
 
 class _Graph:
@@ -205,6 +216,11 @@ class _Graph:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    @property
+    def running(self) -> Any:
+        """The node that has begun and not ended; None: none has."""
+        return next((self._nodes[index] for index in reversed(self._ran) if index not in self._outgoing), None)
 
     def _began(self, index: int) -> Callable[[Any], None]:
         def began(gradients: Any) -> None:
@@ -244,7 +260,7 @@ class _Graph:
                     self._outgoing.get(index, ()),
                     following,
                     parameter,
-                    line_of(function.backward) if function is not None else None,
+                    self._watch.ran_by_user.get(node) or (function and line_of(function.backward)),
                 )
             )
         return tuple(found), accumulated
@@ -293,7 +309,7 @@ def _norm(gradient: Tensor | None) -> float | None:
     return None if gradient is None else float(norm_of(gradient))
 
 
-# --- where a gradient grew ---------------------------------------------------------------------------------------------
+# --- where a gradient grew --------------------------------------------------------------------------------------------
 
 
 class _Passage(NamedTuple):
@@ -333,9 +349,7 @@ def _passages(trace: BackwardTrace) -> dict[Any, _Passage]:
             continue
         if index in arrives:  # a norm of a sum is at most the sum of the norms
             cause = dataclasses.replace(node.cause, op=f"hook on the gradient before {node.op}")
-            found["hook", *place, counts[place]] = _Passage(
-                cause, max(arrives[index], node.incoming * 1e-30), node.incoming
-            )
+            found[("hook", *place, counts[place])] = _Passage(cause, arrives[index], node.incoming)
         after = max((norm for norm in node.outgoing if norm is not None), default=None)
         if after is not None:
             found[(*place, counts[place])] = _Passage(node.cause, node.incoming, after)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from bifusion_diag.replay.calls import Calls, eagerly, range_of
 from bifusion_diag.replay.frames import line_of, line_of_error, told
 from bifusion_diag.replay.incident import Cause, ModuleTrace
 from bifusion_diag.replay.notes import StepNotes
-from bifusion_diag.replay.origin import Op, Origin, OpWatch, batch_leaves, leaves_of
+from bifusion_diag.replay.origin import Op, OpWatch, Origin, batch_leaves, leaves_of
 from bifusion_diag.replay.step import Training
 
 NEAR = 4.0  # of two jumps that are as large as this apart, the earlier is the cause
@@ -110,6 +111,7 @@ def trace_forward(training: Training, notes: StepNotes) -> ForwardTrace:
         leaves, suspects = leaves_of(training.model, batch)
         inputs = {path: range_of(value) for path, value in batch_leaves(batch) if hasattr(value, "dtype")}
         watch = OpWatch(lambda: calls.current, leaves, ranges=True, suspects=suspects)
+        watch.until = sys._getframe()
         calls = Calls(training.model, watch.quiet)
         watch.is_loss = lambda name: name is None or is_loss(calls, name)
         loss: LossTerms | None = None

@@ -6,7 +6,7 @@ import ast
 import linecache
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,15 @@ def user_line(until: types.FrameType | None = None) -> Line | None:
             return frame.f_code.co_filename, frame.f_lineno
         frame = frame.f_back
     return None
+
+
+def user_lines() -> Iterator[Line]:
+    """Where all of the user's frames are, the innermost first."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if is_users(frame.f_code.co_filename):
+            yield frame.f_code.co_filename, frame.f_lineno
+        frame = frame.f_back
 
 
 def is_users(file: str) -> bool:
@@ -69,7 +78,9 @@ def line_of(function: Callable[..., Any]) -> Line | None:
     while hasattr(function, "func"):
         function = function.func
     function = getattr(function, "__wrapped__", function)
-    code = getattr(function, "__code__", None) or getattr(getattr(type(function), "__call__", None), "__code__", None)
+    if not hasattr(function, "__code__"):
+        function = type(function).__call__
+    code = getattr(function, "__code__", None)
     if code is None or not is_users(code.co_filename):
         return None
     return code.co_filename, code.co_firstlineno

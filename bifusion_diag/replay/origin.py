@@ -26,12 +26,17 @@ from bifusion_diag.replay.frames import Line, hooked_module, told, user_line
 from bifusion_diag.replay.incident import Cause, Direction
 
 #: Operations that copy a constant: the infinities that they write were meant.
-WRITERS = frozenset(
-    "fill fill_ masked_fill masked_fill_ full full_like new_full where scalar_tensor lift_fresh copy_ _to_copy "
-    "index_put index_put_ _index_put_impl_ index_fill index_fill_ scatter scatter_ masked_scatter masked_scatter_ "
-    "constant_pad_nd detach clone".split()
-)
-EMPTY = frozenset("empty empty_like empty_strided new_empty new_empty_strided resize_ set_".split())  # hold anything
+WRITERS = {
+    *("fill", "fill_", "masked_fill", "masked_fill_", "full", "full_like", "new_full", "where", "scalar_tensor"),
+    *("lift_fresh", "copy_", "_to_copy", "index_put", "index_put_", "_index_put_impl_", "index_fill", "index_fill_"),
+    *("scatter", "scatter_", "masked_scatter", "masked_scatter_", "constant_pad_nd", "detach", "clone"),
+}
+#: Operations by which a mask becomes NaN that masks too much. Elsewhere NaN comes of what was written.
+OF_MASKS = {
+    *("_softmax", "_log_softmax", "_masked_softmax", "logsumexp", "_logcumsumexp", "logaddexp"),
+    *("add", "add_", "sub", "sub_", "rsub", "mul", "mul_", "div", "div_"),
+}
+EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "set_"}  # hold anything
 
 
 class Argument(NamedTuple):
@@ -101,6 +106,14 @@ class Leaf(NamedTuple):
     kind: str  # "parameter", "buffer", "attribute", "input"
 
 
+class _Place(NamedTuple):
+    """Where an operation runs."""
+
+    node: Any  # of autograd, None: in a forward
+    module: str | None
+    line: Line | None
+
+
 class OpWatch(TorchDispatchMode):
     """Sees every operation while it is entered.
 
@@ -123,6 +136,7 @@ class OpWatch(TorchDispatchMode):
         self.origins: list[Origin] = []
         self.ops: list[Op] = []
         self.made_by: dict[int, tuple[str | None, Line | None]] = {}  # number of an autograd node → module, line
+        self.ran_by_user: dict[Any, Line] = {}  # autograd node → line of a hook or of a Function's backward
         self.module_names: dict[int, str] = {}  # by id, for hooks of the backward
         self._module, self._leaves, self._ranges, self._suspects = calls, leaves, ranges, suspects
         self._bad: dict[int, frozenset[int]] = {}  # storage → origins
@@ -143,20 +157,24 @@ class OpWatch(TorchDispatchMode):
 
     def origins_of(self, value: Tensor) -> list[Origin]:
         """Where the bad values of a tensor began, the first to be met first; what was meant, last."""
-        found = [self.origins[i] for i in sorted(self._bad.get(_storage(value), ()))]
+        found = [self.origins[i] for i in sorted(self._bad.get(storage_of(value), ()))]
         return sorted(found, key=lambda origin: origin.written)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self._off:
             return func(*args, **kwargs)
-        number = torch.autograd._get_sequence_nr() - 1  # type: ignore[attr-defined]
-        node = torch._C._current_autograd_node()
+        number = torch.autograd._get_sequence_nr() - 1
+        node: Any = torch._C._current_autograd_node()
         line = user_line(self.until)
-        if node is not None and torch.is_grad_enabled():
-            node = None  # a checkpointed block runs its forward again
-        if node is None and number not in self.made_by:
-            self.made_by[number] = (self._module(), line)
+        module = self._module()
+        if node is not None and torch.is_grad_enabled():  # a checkpointed block runs its forward again
+            module, node = module or self.place(node)[0], None
+        if node is None:
+            self.made_by.setdefault(number, (module, line))
+        elif line is not None:
+            self.ran_by_user.setdefault(node, line)
+        place = _Place(node, module, line)
         name = func._schema.name.split("::")[1]
         if func.is_view or name in EMPTY:
             return func(*args, **kwargs)
@@ -164,8 +182,9 @@ class OpWatch(TorchDispatchMode):
         written = _written(func, args, kwargs) if func._schema.is_mutable else []
         before = {id(t): _is_bad(t) for t in written}
         absmax = self._largest(inputs) if self._ranges else None
+        constants = [value for value in tree_leaves((args, kwargs)) if isinstance(value, float)]
         output = func(*args, **kwargs)
-        self._after(func, name, number, node, line, inputs, before, [*_outputs(output), *written], absmax)
+        self._after(func, name, number, place, inputs, before, [*_outputs(output), *written], absmax, constants)
         return output
 
     def _after(
@@ -173,21 +192,21 @@ class OpWatch(TorchDispatchMode):
         func: Any,
         name: str,
         number: int,
-        node: Any,
-        line: Line | None,
+        place: _Place,
         inputs: list[Tensor],
         before: dict[int, bool],
         outputs: list[Tensor],
         absmax: float | None,
+        constants: Sequence[float],
     ) -> None:
         outputs = list({id(t): t for t in outputs if _floating(t)}.values())
         ranges = [tensor_range(t) for t in outputs]
-        if self._ranges and node is None and outputs:
+        if self._ranges and place.node is None and outputs:
             finite = [largest for largest, _ in ranges if largest is not None]
-            known = (self._leaves.get(_storage(t)) for t in inputs)
+            known = (self._leaves.get(storage_of(t)) for t in inputs)
             names = tuple(leaf.name for leaf in known if leaf is not None)
             largest = max(finite, default=None)
-            self.ops.append(Op(_op_name(func), self._module(), line, absmax, largest, number + 1, names))
+            self.ops.append(Op(_op_name(func), place.module, place.line, absmax, largest, number + 1, names))
         bad = [t for t, (_, count) in zip(outputs, ranges, strict=True) if count]
         if not bad:
             return
@@ -195,32 +214,33 @@ class OpWatch(TorchDispatchMode):
         bad_inputs = [t for t in inputs if before.get(id(t), id(t) not in outside and _is_bad(t))]
         sources: set[int] = set()
         for tensor in bad_inputs:
-            if tensor.dim() or _storage(tensor) in self._bad or _storage(tensor) in self._leaves:
-                sources |= self._known(tensor, name, node, line)
+            if tensor.dim() or storage_of(tensor) in self._bad or storage_of(tensor) in self._leaves:
+                sources |= self._known(tensor, place)
         nan = any(bool(t.isnan().any()) for t in map(numbers, bad))
         meant = all(self.origins[i].written for i in sources)
-        if not sources or (meant and nan):
+        if not sources or (meant and nan and (name in OF_MASKS or "attention" in name)):
             count = sum(count for _, count in ranges)
             given = tuple(_argument(t) for t in inputs if not before.get(id(t)) and id(t) not in before)
-            written = not nan and (name in WRITERS or (name == "log" and _is_mask(inputs)))
-            sources = {self._add(node, line, _op_name(func), written=written, nan=nan, bad=count, arguments=given)}
+            constant = name in WRITERS and (bool(bad_inputs) or math.inf in constants or -math.inf in constants)
+            written = not nan and (constant or (name == "log" and _is_mask(inputs)))
+            sources = {self._add(place, _op_name(func), written=written, nan=nan, bad=count, arguments=given)}
         for tensor in bad:
-            self._bad[_storage(tensor)] = frozenset(sources)
+            self._bad[storage_of(tensor)] = frozenset(sources)
             self._kept.append(tensor)
 
-    def _known(self, tensor: Tensor, name: str, node: Any, line: Line | None) -> frozenset[int]:
+    def _known(self, tensor: Tensor, place: _Place) -> frozenset[int]:
         """Where an input's bad values began. If it has come from nowhere, this is told from now on."""
-        storage = _storage(tensor)
+        storage = storage_of(tensor)
         if storage not in self._bad:
             values = numbers(tensor)
             nan = bool(values.isnan().any())
             count = tensor_range(tensor)[1]
             leaf = self._leaves.get(storage)
-            if leaf is None and self._suspects and node is None:
+            if leaf is None and self._suspects and place.node is None:
                 leaf = Leaf(self._suspects[0], None, "input")
             if leaf is None:
                 written = not nan and not bool((values == math.inf).any())
-                index = self._add(node, line, None, written=written, nan=nan, bad=count)
+                index = self._add(place, None, written=written, nan=nan, bad=count)
             else:
                 direction: Direction = "data" if leaf.kind == "input" else "update"
                 meant = leaf.kind != "parameter" and not nan and not bool((values == math.inf).any())
@@ -232,19 +252,22 @@ class OpWatch(TorchDispatchMode):
             self._kept.append(tensor)
         return self._bad[storage]
 
-    def _add(self, node: Any, line: Line | None, op: str | None, **facts: Any) -> int:
-        if node is None:
-            module = self._module()
-            direction: Direction = "loss" if self.is_loss(module) else "forward"
-            return self._append(Origin(op, module, direction, told(line), **facts))
-        module, forward_line = self.place(node)
-        if line is not None:  # in a hook or a Function's backward
-            hooked = hooked_module()
-            module = self.module_names.get(id(hooked), module) if hooked is not None else module
-        where = told(line or forward_line)
-        return self._append(
-            Origin(op, module, "backward", where, node=node_name(node), in_hook=line is not None, **facts)
-        )
+    def _add(self, place: _Place, op: str | None, **facts: Any) -> int:
+        if place.node is None:
+            direction: Direction = "loss" if self.is_loss(place.module) else "forward"
+            return self._append(Origin(op, place.module, direction, told(place.line), **facts))
+        module, line = self.place(place.node)
+        name, parameter = node_name(place.node), None
+        in_hook = place.line is not None  # or in a Function's backward
+        direction = "backward"
+        hooked = hooked_module() if in_hook else None
+        if hooked is not None:
+            module = self.module_names.get(id(hooked), module)
+        elif in_hook and name == "AccumulateGrad":  # what is done to a parameter's gradient alone
+            direction, leaf = "after backward", self.leaf(place.node.variable)
+            parameter = leaf.name if leaf is not None else None
+        source = told(place.line or line)
+        return self._append(Origin(op, module, direction, source, parameter, name, in_hook, **facts))
 
     def _append(self, origin: Origin) -> int:
         self.origins.append(origin)
@@ -253,7 +276,7 @@ class OpWatch(TorchDispatchMode):
     def place(self, node: Any) -> tuple[str | None, Line | None]:
         """Module and line of the forward operation that made an autograd node."""
         if "AccumulateGrad" in node.name():
-            leaf = self._leaves.get(_storage(node.variable))
+            leaf = self._leaves.get(storage_of(node.variable))
             return (leaf.module if leaf is not None else None), None
         number = node._sequence_nr()
         for earlier in range(number, number - 8, -1):  # a Function without an operation in it has none of its own
@@ -263,7 +286,7 @@ class OpWatch(TorchDispatchMode):
 
     def leaf(self, tensor: Tensor) -> Leaf | None:
         """What a tensor is, of those that were there before the step."""
-        return self._leaves.get(_storage(tensor))
+        return self._leaves.get(storage_of(tensor))
 
     def _largest(self, inputs: Sequence[Tensor]) -> float | None:
         found = [tensor_range(t)[0] for t in inputs]
@@ -276,20 +299,20 @@ def leaves_of(model: nn.Module, batch: Any) -> tuple[dict[int, Leaf], list[str]]
     suspects: list[str] = []
     for path, value in batch_leaves(batch):
         if isinstance(value, Tensor):
-            leaves[_storage(value)] = Leaf(path, None, "input")
+            leaves[storage_of(value)] = Leaf(path, None, "input")
         elif np.issubdtype(np.asarray(value).dtype, np.floating) and not np.isfinite(value).all():
             suspects.append(path)
     for module_name, module in named_modules(model).items():
         prefix = "" if module_name == "(root)" else f"{module_name}."
         for name, attribute in vars(module).items():
             if isinstance(attribute, Tensor):
-                leaves.setdefault(_storage(attribute), Leaf(f"{prefix}{name}", module_name, "attribute"))
+                leaves.setdefault(storage_of(attribute), Leaf(f"{prefix}{name}", module_name, "attribute"))
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                leaves[_storage(buffer)] = Leaf(f"{prefix}{name}", module_name, "buffer")
+                leaves[storage_of(buffer)] = Leaf(f"{prefix}{name}", module_name, "buffer")
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                leaves[_storage(parameter)] = Leaf(f"{prefix}{name}", module_name, "parameter")
+                leaves[storage_of(parameter)] = Leaf(f"{prefix}{name}", module_name, "parameter")
     return leaves, suspects
 
 
@@ -332,7 +355,7 @@ def _is_bad(tensor: Tensor) -> bool:
 
 def _is_mask(inputs: Sequence[Tensor]) -> bool:
     """Whether a logarithm was taken of zeros and ones, which is how some write a mask."""
-    return all(bool(((t == 0) | (t == 1)).all()) for t in inputs)
+    return all(bool(((t == 0) | (t == 1)).all()) and bool(t.any()) for t in inputs)
 
 
 def _outputs(output: Any) -> list[Tensor]:
@@ -358,7 +381,8 @@ def _argument(tensor: Tensor) -> Argument:
     return Argument(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), low, high, least)
 
 
-def _storage(tensor: Tensor) -> int:
+def storage_of(tensor: Tensor) -> int:
+    """What identifies the memory of a tensor as long as it lives."""
     try:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):  # sparse, functorch's wrappers
