@@ -133,7 +133,7 @@ def _builder(capsule: Capsule, entry: str | None) -> Callable[[], Training]:
         from bifusion_diag.replay.execute import training_of
 
         named = entry
-        return lambda: training_of(named, capsule.settings)
+        return lambda: training_of(named, capsule)
     from bifusion_diag.experiments.rebuild import is_own, rebuild
 
     if not is_own(capsule.settings):

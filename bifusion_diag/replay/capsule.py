@@ -12,15 +12,17 @@ No pickles: reading one runs no code. Weights that the settings give again may b
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
+import inspect
 import json
 import math
 import os
 import random
 import re
 import shutil
-from collections import Counter
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -43,7 +45,7 @@ from bifusion_diag.probes.ranks import local_part, own_rank, world_size
 from bifusion_diag.record import collect_environment
 from bifusion_diag.replay.incident import Incident
 from bifusion_diag.replay.machine import machine
-from bifusion_diag.replay.notes import StepNotes
+from bifusion_diag.replay.notes import OF_ANY_MODULE, State, StepNotes
 from bifusion_diag.replay.step import Fingerprint, Training, digest, fingerprint
 from bifusion_diag.replay.tree import Decoder, Encoder, class_name, find_class
 from bifusion_diag.replay.user_hooks import user_hooks
@@ -172,6 +174,9 @@ class CapsuleWriter:
         if size + SPARE > free:
             return None, f"it would take {_readable(size)}, and the disk has {_readable(free)} left"
         lost = [*state.lost, *batch.lost]
+        if self._state is None:
+            beside = outside_modules(training)
+            lost += [f"{name} is no part of the model: FlightRecorder(state=...) can store it" for name in beside]
         target = self.folder / f"{incident.step:06d}"
         incident = dataclasses.replace(incident, capsule=str(target), capsule_note=_note(size, lost, updated))
         document = {
@@ -242,9 +247,7 @@ class CapsuleWriter:
         if notes is not None:
             start = notes.start
             content["model"]["training"] = {plain_name(path): mode for path, mode in start.training.items()}
-            content["model"]["attributes"] = code.encode(
-                {plain_name(path): values for path, values in start.attributes.items() if values}, "attributes"
-            )
+            content["model"]["attributes"] = code.encode(_attributes(model, start), "attributes")
             content["model"]["rebuilt"] = {"names": sorted(rebuilt), "digest": self._digest_of(rebuilt)}
             drawn = {"python": start.python, "numpy": start.numpy, "torch": start.torch, "cuda": start.cuda}
             content["random"] = {name: code.encode(state, f"random/{name}") for name, state in drawn.items()}
@@ -505,6 +508,57 @@ def hooks_of(training: Training) -> dict[str, list[str]]:
     for hook in user_hooks(training):
         found.setdefault(hook.owner, []).append(hook.source)
     return found
+
+
+def outside_modules(training: Training) -> list[str]:
+    """What the step function uses beside the model, such as a teacher: names of modules with weights or buffers."""
+    own = {id(module) for module in training.model.modules()}
+    try:
+        names = inspect.getclosurevars(inspect.unwrap(training.step))
+    except TypeError:  # an object that can be called, or a partial
+        return []
+    return [
+        f"{name} ({type(value).__name__})"
+        for name, value in {**names.globals, **names.nonlocals}.items()
+        if isinstance(value, nn.Module) and id(value) not in own and value.state_dict() and not _around(value, own)
+    ]
+
+
+def _around(module: nn.Module, own: set[int]) -> bool:
+    """Whether a module is a wrapper of the model, such as DistributedDataParallel."""
+    return any(id(child) in own for child in module.modules())
+
+
+def _attributes(model: nn.Module, start: State) -> dict[str, dict[str, Any]]:
+    """What modules hold beside weights and buffers: numbers, words, lists, dictionaries and tensors. Plain ones are as
+    the step began. PyTorch's own layers too: a rate of dropout may follow a schedule."""
+    held = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers()) if x.numel()}
+    found: dict[str, dict[str, Any]] = {}
+    for path, module in model.named_modules():
+        values = {
+            name: copy.deepcopy(value)
+            for name, value in vars(module).items()
+            if name not in OF_ANY_MODULE and _simple(value, held)
+        }
+        values |= start.attributes.get(path, {})
+        if values:
+            found[plain_name(path)] = values
+    return found
+
+
+def _simple(value: Any, held: set[int]) -> bool:
+    """Whether a value can be put into a model that was built again: nothing that is an object of its own, and no tensor
+    that is part of the model."""
+    if value is None or type(value) in (bool, int, float, str):
+        return True
+    if type(value) is Tensor:
+        strided = value.layout == torch.strided and not value.requires_grad and not value.is_meta
+        return strided and value.untyped_storage().data_ptr() not in held
+    if type(value) is np.ndarray or isinstance(value, np.generic):
+        return not value.dtype.hasobject and not value.dtype.fields
+    if type(value) in (dict, OrderedDict, Counter):
+        return all(type(key) in (str, int) and _simple(entry, held) for key, entry in value.items())
+    return type(value) in (list, tuple, set, frozenset, deque) and all(_simple(entry, held) for entry in value)
 
 
 def _encode_optimizer(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import inspect
 import sys
 import time
 import traceback
@@ -70,13 +71,14 @@ class Replay:
         return dataclasses.asdict(self)
 
 
-def training_of(entry: str, settings: Mapping[str, Any]) -> Training:
+def training_of(entry: str, capsule: Capsule) -> Training:
     """What a user's function builds.
 
     Args:
         entry: "module:function" or "file.py:function", as seen from the current folder. The function is given the
-            run's settings, and returns a Training, (model, step) or (model, step, optimizer).
-        settings: of the run.
+            run's settings, and if it has a parameter ``state`` what the recorder's ``state`` function returned. It
+            returns a Training, (model, step) or (model, step, optimizer).
+        capsule: of the step.
 
     Raises:
         UserError: there is no such function, it raised, or it returned something else.
@@ -88,7 +90,10 @@ def training_of(entry: str, settings: Mapping[str, Any]) -> Training:
     if not callable(function):
         raise UserError(f"--entry {entry}: {path} has no function {name!r}")
     try:
-        built = function(dict(settings))
+        takes_state = "state" in inspect.signature(function).parameters
+        built = function(capsule.settings, **({"state": capsule.state()} if takes_state else {}))
+    except UserError:
+        raise
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         what = f"{type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})"

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 _PLAIN = (bool, int, float, str, type(None))
+OF_ANY_MODULE = frozenset(vars(nn.Module()))  # the mode, and whether hooks see whole gradients, which hooks change
 
 
 class State:
@@ -145,7 +146,7 @@ def _plain_attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
         name: {
             attribute: value
             for attribute, value in module.__dict__.items()
-            if isinstance(value, _PLAIN) and attribute != "training"
+            if isinstance(value, _PLAIN) and attribute not in OF_ANY_MODULE
         }
         for name, module in model.named_modules()
         if not type(module).__module__.startswith("torch.")

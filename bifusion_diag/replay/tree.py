@@ -82,6 +82,9 @@ class Encoder:
         if kind in (tuple, torch.Size, set, frozenset):
             name = {torch.Size: "size"}.get(kind, kind.__name__)
             return {KIND: name, "items": [self.encode(entry, f"{path}/{i}") for i, entry in enumerate(value)]}
+        if kind is collections.deque:
+            items = [self.encode(entry, f"{path}/{i}") for i, entry in enumerate(value)]
+            return {KIND: "deque", "items": items, "maxlen": value.maxlen}
         if dataclasses.is_dataclass(value) and not isinstance(value, Mapping):
             held = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if hasattr(value, f.name)}
             held |= getattr(value, "__dict__", {})  # also what was attached to it
@@ -209,6 +212,8 @@ class Decoder:
             return _LEAVES[kind](node)
         if kind in _SEQUENCES:
             return _SEQUENCES[kind](map(self.decode, node["items"]))
+        if kind == "deque":
+            return collections.deque(map(self.decode, node["items"]), node["maxlen"])
         if kind in ("dict", "ordered", "mapping"):
             items = [(self.decode(key), self.decode(entry)) for key, entry in node["items"]]
             if kind == "mapping":
