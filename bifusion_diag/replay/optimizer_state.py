@@ -36,7 +36,7 @@ class RateChange(NamedTuple):
     @property
     def ratio(self) -> float:
         """Now by before."""
-        return self.now / self.before if self.before else math.inf
+        return self.now / self.before
 
 
 def bad_moments(training: Training, norms: Mapping[str, float]) -> list[BadMoment]:
@@ -83,7 +83,7 @@ def bad_moments(training: Training, norms: Mapping[str, float]) -> list[BadMomen
 def rate_changes(now: Mapping[str, float], before: Mapping[str, float]) -> list[RateChange]:
     """Learning rates above three times what they were, the largest change first."""
     changes = [RateChange(group, before[group], rate) for group, rate in now.items() if group in before]
-    return sorted((c for c in changes if c.now > 3 * c.before and c.now > 0), key=lambda c: -c.ratio)
+    return sorted((c for c in changes if 0 < 3 * c.before < c.now), key=lambda c: -c.ratio)
 
 
 def held_by(training: Training) -> dict[str, float]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import linecache
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from torch import nn
+from torch.nn.modules.loss import _Loss
+
 from bifusion_diag.probes.modules import plain_name
+from bifusion_diag.replay.frames import line_of, told
 from bifusion_diag.replay.step import Training
 
 #: Where hooks are kept, with the part of the step that they can change.
@@ -17,7 +20,6 @@ PLACES = {
     "_backward_hooks": "backward",
     "_backward_pre_hooks": "backward",
 }
-OURS = ("torch.", "bifusion_diag.")
 
 
 class UserHook(NamedTuple):
@@ -31,6 +33,7 @@ class UserHook(NamedTuple):
         source: "file.py:12: name".
         holder: the object.
         key: its key in the place; None for a patched forward.
+        in_loss: whether the module computes losses.
     """
 
     owner: str
@@ -40,6 +43,7 @@ class UserHook(NamedTuple):
     source: str
     holder: Any
     key: int | None
+    in_loss: bool = False
 
 
 def user_hooks(training: Training) -> list[UserHook]:
@@ -49,7 +53,8 @@ def user_hooks(training: Training) -> list[UserHook]:
         name = plain_name(path)
         patched = module.__dict__.get("forward")
         if patched is not None and not _known(patched):
-            found.append(UserHook(name, False, "forward", "forward", _source(patched), module, None))
+            source = _source(patched)
+            found.append(UserHook(name, False, "forward", "forward", source, module, None, _is_loss(module)))
         for place, direction in PLACES.items():
             found += _hooks(name, False, module, place, direction)
     for name, parameter in training.parameters().items():
@@ -81,25 +86,18 @@ def without(hook: UserHook) -> Iterator[None]:
 def _hooks(name: str, parameter: bool, holder: Any, place: str, direction: str) -> Iterator[UserHook]:
     for key, function in (getattr(holder, place, None) or {}).items():
         if not _known(function):
-            yield UserHook(name, parameter, place, direction, _source(function), holder, key)
+            in_loss = not parameter and _is_loss(holder)
+            yield UserHook(name, parameter, place, direction, _source(function), holder, key, in_loss)
 
 
 def _known(function: Any) -> bool:
-    return str(_bare(function).__module__ or "").startswith(OURS)
+    return line_of(function) is None
 
 
-def _bare(function: Any) -> Any:
-    """The function inside partials and methods; of an object its class."""
-    while hasattr(function, "func"):
-        function = function.func
-    function = getattr(function, "__func__", function)
-    return function if hasattr(function, "__module__") and hasattr(function, "__name__") else type(function)
+def _is_loss(module: nn.Module) -> bool:
+    kind = type(module).__name__.lower()
+    return isinstance(module, _Loss) or "loss" in kind or "criterion" in kind
 
 
-def _source(function: Callable[..., Any]) -> str:
-    bare = _bare(function)
-    code = getattr(bare, "__code__", None)
-    if code is None:
-        return str(getattr(bare, "__qualname__", bare))
-    line = linecache.getline(code.co_filename, code.co_firstlineno).strip()
-    return f"{code.co_filename.rsplit('/', 1)[-1]}:{code.co_firstlineno}: {line or bare.__name__}"
+def _source(function: Any) -> str:
+    return told(line_of(function)) or ""
