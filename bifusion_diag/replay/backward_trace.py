@@ -33,9 +33,9 @@ class NodeTrace(NamedTuple):
         op: "SqrtBackward0"; "AccumulateGrad" where a parameter takes its gradient.
         module: whose forward made it.
         line: of the user's code that made it.
-        incoming: L2 norm of the gradients that it was given, after users' hooks on them.
+        incoming: L2 norm of the gradients that it was given, after users' hooks on them; None: it did not run.
         outgoing: of those that it returned, one for each of `next`; None: it returned none.
-        next: indices of the nodes that they go to; -1: they go nowhere, or to one that did not run.
+        next: indices of the nodes that they go to; -1: nowhere.
         parameter: of an AccumulateGrad.
         backward: where the user's own code ran in it: in a hook or in a Function's backward.
     """
@@ -61,7 +61,8 @@ class BackwardTrace:
 
     Attributes:
         modules: every call of the forward, as they ended, with the gradients that arrived at their outputs.
-        nodes: in the order in which they ran. Those inside of re-entrant checkpoints are not there.
+        nodes: in the order in which they ran, then those that did not. Those inside of re-entrant checkpoints are not
+            there.
         gradients: L2 norm by parameter, as the backward left it; a parameter without a gradient is missing.
         accumulated: L2 norm by parameter of what arrived, before hooks that change what was accumulated.
         origins: by parameter whose gradient is bad: where its bad values began, the first first.
@@ -238,8 +239,8 @@ class _Graph:
         return ended
 
     def trace(self, names: Mapping[int, str]) -> tuple[tuple[NodeTrace, ...], dict[str, float]]:
-        """The nodes that ran, and the norms that arrived at parameters. ``names``: by the parameter's id."""
-        ran = list(dict.fromkeys(self._ran))
+        """The nodes, and the norms that arrived at parameters. ``names``: by the parameter's id."""
+        ran = list(dict.fromkeys([*self._ran, *range(len(self._nodes))]))
         place = {index: position for position, index in enumerate(ran)}
         found = []
         accumulated: dict[str, float] = {}
@@ -248,7 +249,7 @@ class _Graph:
             module, line = self._watch.place(node)
             parameter = names.get(id(node.variable)) if hasattr(node, "variable") else None
             if parameter is not None:
-                accumulated[parameter] = self._incoming[index]
+                accumulated[parameter] = self._incoming.get(index, 0.0)
             following = tuple(place.get(self._index[n], -1) if n is not None else -1 for n, _ in node.next_functions)
             function = getattr(type(node), "_forward_cls", None)
             found.append(
@@ -256,7 +257,7 @@ class _Graph:
                     node_name(node),
                     module,
                     line,
-                    self._incoming[index],
+                    self._incoming.get(index),
                     self._outgoing.get(index, ()),
                     following,
                     parameter,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import linecache
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
@@ -72,6 +74,7 @@ class _Flow(TorchFunctionMode):
         super().__init__()
         self.cuts: list[_Cut] = []
         self.ran = False
+        self.left = frozenset[int]()  # cuts behind which numbers were taken out of PyTorch
         self._calls = calls
         self._parameters = {id(parameter) for parameter in parameters}
         self._leads: dict[Any, bool] = {}  # autograd node → it leads to the parameters
@@ -82,10 +85,14 @@ class _Flow(TorchFunctionMode):
         kwargs = kwargs or {}
         inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         connected = [self.leads(value) for value in inputs]
-        behind = frozenset[int]().union(*(self._cut_off.get(storage_of(value), frozenset()) for value in inputs))
+        behind = frozenset[int]()
+        for value, whole in zip(inputs, connected, strict=True):
+            if not whole:  # memory that a Function computed without a graph may be in one by now
+                behind |= self._cut_off.get(storage_of(value), frozenset())
         output = func(*args, **kwargs)
         if any(connected) or behind:
-            self._after(func, output, any(connected), behind)
+            changed = args[0] if func is Tensor.__setitem__ else output
+            self._after(func, changed, any(connected), behind)
         return output
 
     def _after(self, func: Any, output: Any, connected: bool, behind: frozenset[int]) -> None:
@@ -97,13 +104,15 @@ class _Flow(TorchFunctionMode):
             name = name.removeprefix("torch.").removesuffix(".__get__")
             self.cuts.append(_Cut(name, self._calls.current, tuple(user_lines()), torch.is_grad_enabled()))
             behind = behind | {len(self.cuts) - 1}
+        if not values and isinstance(output, np.ndarray):
+            self.left |= behind
         for value in lost:
-            self._cut_off[storage_of(value)] = self._cut_off.get(storage_of(value), frozenset()) | behind
+            self._cut_off[storage_of(value)] = behind
             self._kept.append(value)
 
     def cut_of(self, value: Tensor) -> _Cut | None:
         """The first cut that a tensor lies behind."""
-        found = self._cut_off.get(storage_of(value))
+        found = self._cut_off.get(storage_of(value)) or self.left
         return self.cuts[min(found)] if found else None
 
     def leads(self, value: Tensor) -> bool:
@@ -180,7 +189,6 @@ def _zero(trace: BackwardTrace, parameters: Sequence[str]) -> Cause | None:
     """The first node or hook on the way to the parameters that was given a gradient and gave none on."""
     if any(trace.gradients.get(name, 0.0) != 0 for name in parameters):
         return None
-    wanted = set(parameters)
     for name in parameters:
         if trace.accumulated.get(name, 0.0) != 0:
             return Cause(name.rpartition(".")[0], "after backward", "hook on the accumulated gradient", None, name)
@@ -189,11 +197,7 @@ def _zero(trace: BackwardTrace, parameters: Sequence[str]) -> Cause | None:
         for following, norm in zip(node.next, node.outgoing, strict=False):
             if following >= 0:
                 arrives[following] = arrives.get(following, 0.0) + (norm or 0.0)
-    leads: set[int] = set()
-    for index in reversed(range(len(trace.nodes))):
-        node = trace.nodes[index]
-        if node.parameter in wanted or leads.intersection(node.next):
-            leads.add(index)
+    leads = _leading(trace.nodes, set(parameters))
     for index in sorted(leads):
         node = trace.nodes[index]
         if arrives.get(index, 0.0) != 0 and node.incoming == 0:
@@ -204,7 +208,22 @@ def _zero(trace: BackwardTrace, parameters: Sequence[str]) -> Cause | None:
     return None
 
 
+def _leading(nodes: Sequence[NodeTrace], parameters: set[str]) -> set[int]:
+    """Nodes from which there is a way to some parameters."""
+    before: dict[int, list[int]] = {}
+    for index, node in enumerate(nodes):
+        for following in node.next:
+            before.setdefault(following, []).append(index)
+    waiting = [index for index, node in enumerate(nodes) if node.parameter in parameters]
+    found = set(waiting)
+    while waiting:
+        new = set(before.get(waiting.pop(), ())) - found
+        found |= new
+        waiting += new
+    return found
+
+
 def _hook(node: NodeTrace) -> Cause:
     if node.parameter is not None:
         return Cause(node.module, "after backward", "hook on the gradient", None, node.parameter)
-    return Cause(node.module, "backward", f"hook on the gradient before {node.op}", told(node.line))
+    return dataclasses.replace(node.cause, op=f"hook on the gradient before {node.op}")
