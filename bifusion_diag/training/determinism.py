@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -57,6 +58,20 @@ def torch_environment(device: torch.device) -> dict[str, Any]:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "cuda": torch.version.cuda if device.type == "cuda" else None,
     }
+
+
+def not_deterministic(engine: str, environment: Mapping[str, Any]) -> str | None:
+    """What keeps a run from being repeated bit by bit, in a sentence; None where nothing known does.
+
+    Args:
+        engine: of sparse convolutions, as the model states it: "minkowski 0.5.4".
+        environment: of :func:`torch_environment`.
+    """
+    threads = environment.get("threads") or 1
+    if not engine.startswith("minkowski") or (environment.get("device") == "cpu" and threads == 1):
+        return None
+    where = f"with {threads} threads" if environment.get("device") == "cpu" else "on a GPU"
+    return f"MinkowskiEngine's backward is not deterministic {where}; with training.threads=1 on a CPU it is"
 
 
 def random_states() -> dict[str, torch.Tensor]:

@@ -47,7 +47,7 @@ from bifusion_diag.training.checkpoint import (
     restore_checkpoint,
     save_checkpoint,
 )
-from bifusion_diag.training.determinism import choose_device, make_deterministic, torch_environment
+from bifusion_diag.training.determinism import choose_device, make_deterministic, not_deterministic, torch_environment
 from bifusion_diag.training.distributed import (
     Replica,
     Sight,
@@ -249,6 +249,10 @@ class Trainer:
             title = f"{self.settings.preset} ({self.settings.scale})"
             if not self.resumed:
                 self._fingerprint(done)
+                if caveat := not_deterministic(
+                    self.model.provenance()["sparse_engine"], self.writer.header.environment
+                ):
+                    self.writer.event(None, "note", caveat)
             with ProgressDisplay(self.console, title, self.end, done) as display, self.monitor:
                 while done < self.end and not self.stop.requested:
                     self._enter(done, display)
