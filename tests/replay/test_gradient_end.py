@@ -76,8 +76,7 @@ def _block(x: Tensor) -> Tensor:
     y = x * 2
     with torch.no_grad():  # the block
         y = y + 1
-        y = torch.tanh(y)
-    return y
+        return torch.tanh(y)
 
 
 @torch.no_grad()  # the decorator
@@ -221,5 +220,5 @@ def test_hooks_on_a_parameter() -> None:
 
 
 def test_an_unknown_module_is_the_users_error() -> None:
-    with pytest.raises(UserError, match="no module 'encoder.7'"):
+    with pytest.raises(UserError, match=r"no module 'encoder\.7'"):
         ends(torch.tanh, "encoder.7")
