@@ -80,6 +80,7 @@ class PartRuns:
     Attributes:
         size: samples in the batch.
         healthy_size: in the healthy one; 0: there is none.
+        steadies: BatchNorm is held in :meth:`alone`.
         count: runs so far.
 
     Raises:
@@ -97,10 +98,11 @@ class PartRuns:
         steady: bool,
     ) -> None:
         self._training, self._notes, self._contrast, self._split = training, notes, contrast, split
-        self._backward, self._steady = backward, steady
+        self._backward = backward
         self._statistics: dict[str, tuple[Tensor, Tensor]] = {}
         self.size = cut(notes.batch(), split).size
         self.healthy_size = 0 if contrast is None or not contrast.has_batch else cut(contrast.batch(), split).size
+        self.steadies = steady and bool(_training_norms(training.model))
         self.count = 0
 
     def whole(self) -> PartRun:
@@ -118,7 +120,7 @@ class PartRuns:
         """A sample, or a few, apart from the others."""
         notes = self._contrast if of_healthy else self._notes
         assert notes is not None
-        return self._run(notes, samples, steady=self._steady)
+        return self._run(notes, samples, steady=self.steadies)
 
     def only(self, samples: Sequence[int]) -> PartRun:
         """The step with some of its samples; where their number does not suit it, with some of them twice."""

@@ -42,6 +42,8 @@ GAP = 2.0  # times as far above that median as the first that is not guilty
 ABOVE_HEALTHY = 1.5  # times the largest of the healthy batch's samples
 GROWN = 2.0  # times what the healthy batch gives: the step is bad in this
 HEALED = 0.35  # of what it is more may be left without the guilty
+HEALED_NORMS = 0.65  # the same where BatchNorm takes its statistics of the batch: a few samples less change all others
+STRONG = 10.0  # times all others: a sample that stands out so much needs no counter-check where BatchNorm blurs it
 FAR_OUT = 10.0  # times the largest absolute value in all other samples
 
 Value = Callable[[PartRun], float]
@@ -203,28 +205,30 @@ class _Search:
             return self._only_one(None if math.isnan(then[first]) else much)
         tried: set[tuple[int, ...]] = set()
         for name, value in grown.items():
-            healed = partial(_is_healed, value, value(whole), then[name])
-            for suspects in (*self._outlying(value), tuple(self._far_out)):
+            healed = partial(
+                _is_healed, value, value(whole), then[name], HEALED_NORMS if self.runs.steadies else HEALED
+            )
+            for suspects, strong in (*self._outlying(value), (tuple(self._far_out), False)):
                 if suspects and suspects not in tried and 2 * len(suspects) <= self.size:
                     tried.add(suspects)
-                    if self._heals(suspects, healed):
+                    if self._heals(suspects, healed, check=not (strong and self.runs.steadies)):
                         return self._said(suspects, name, values, value(whole)), ""
         failed = sum(bool(run.error) for run in self.alone.values())
         guilty: list[int] = []
         if self.size <= LEFT_OUT or 2 * failed > len(self.alone):
             value = grown[first]
-            guilty = self._left_out_in_turn(partial(_is_healed, value, value(whole), then[first]))
+            guilty = self._left_out_in_turn(partial(_is_healed, value, value(whole), then[first], HEALED))
         end = f"without {_them(guilty)} the step's {first} is no longer {value(whole):.3g}"
         return dict.fromkeys(guilty, end), "no sample stands out and heals the step when it is left out"
 
-    def _outlying(self, value: Value) -> list[tuple[int, ...]]:
-        """Samples that stand out alone, several if they do together: the likeliest guess first."""
+    def _outlying(self, value: Value) -> list[tuple[tuple[int, ...], bool]]:
+        """Samples that stand out alone, several if they do together, and whether strongly: the likeliest guess first."""
         self._run_alone(value)
         runs = {samples: value(run) for samples, run in self.alone.items() if not run.error}
         runs = {samples: x for samples, x in runs.items() if math.isfinite(x)}
         order = sorted(runs, key=lambda samples: -runs[samples])
         healthy = [value(run) for run in self._healthy_alone if not run.error]
-        found: list[tuple[float, tuple[int, ...]]] = []
+        found: list[tuple[float, tuple[int, ...], bool]] = []
         for count in range(1, max(1, (len(order) - 1) // 2) + 1):
             top, rest = order[:count], np.array([runs[samples] for samples in order[count:]])
             if not len(rest) or any(len(samples) > 1 for samples in top):
@@ -234,8 +238,9 @@ class _Search:
             excess, next_excess = runs[top[-1]] - middle, max(float(rest.max()) - middle, 0.0)
             above_healthy = not healthy or excess > ABOVE_HEALTHY * (max(healthy) - middle)
             if excess > max(OUTLIER * deviation, GAP * next_excess, abs(middle)) and above_healthy:
-                found.append((excess / max(next_excess, deviation, 1e-300), tuple(s for (s,) in top)))
-        return [samples for _, samples in sorted(found, reverse=True)]
+                strong = runs[top[-1]] > STRONG * max([float(rest.max()), *healthy])
+                found.append((excess / max(next_excess, deviation, 1e-300), tuple(s for (s,) in top), strong))
+        return [(samples, strong) for _, samples, strong in sorted(found, reverse=True)]
 
     def _said(self, guilty: Sequence[int], name: str, values: dict[str, Value], now: float) -> dict[int, str]:
         rest = self._without[tuple(guilty)]
@@ -269,8 +274,8 @@ class _Search:
             return {}, "the batch has one sample, and there is no healthy one to compare it with"
         return {0: f"with it, {what}; with the last healthy batch at the same weights it is not so"}, ""
 
-    def _heals(self, samples: Sequence[int], healed: Test) -> bool:
-        """The step is well without these samples, and not without as many others."""
+    def _heals(self, samples: Sequence[int], healed: Test, *, check: bool = True) -> bool:
+        """The step is well without these samples, and, as a counter-check, not without as many others."""
         key = tuple(samples)
         if key not in self._without:
             self._without[key] = self.runs.without(key)
@@ -278,6 +283,8 @@ class _Search:
             return 2 * len(key) < self.size  # such a batch cannot be run: what they are alone has to do
         if not healed(self._without[key]):
             return False
+        if not check:
+            return True
         others = [i for i in range(self.size) if i not in samples]
         return not healed(self.runs.without(others[: min(len(samples), len(others))]))
 
@@ -373,10 +380,10 @@ def _term(name: str, run: PartRun) -> float:
     return run.terms.get(name, math.nan)
 
 
-def _is_healed(value: Value, now: float, then: float, run: PartRun) -> bool:
-    """Most of what the step is worse than the healthy batch is gone."""
+def _is_healed(value: Value, now: float, then: float, left: float, run: PartRun) -> bool:
+    """Of what the step is worse than the healthy batch no more than a part is left."""
     base = 0.0 if math.isnan(then) else then
-    return not run.error and value(run) <= base + HEALED * (now - base)
+    return not run.error and value(run) <= base + left * (now - base)
 
 
 def _them(samples: Sequence[int]) -> str:
