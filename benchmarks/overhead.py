@@ -15,7 +15,8 @@ TensorBoard events: what such a block costs is timed apart, and a 32nd of it add
 measured by `python -m benchmarks.record_size`.
 
 Ways: bare · each probe · grads+losses · all (without loss_gradients, whose extra backward passes are priced apart:
-loss_gradients is timed at a step at which it is due) · naive (a hook a module with one .item() for each output and each
+loss_gradients is timed at a step at which it is due) · recorder (the flight recorder on healthy steps, no probe),
+all+recorder · naive (a hook a module with one .item() for each output and each
 gradient) · anomaly (torch.autograd.set_detect_anomaly) · transformers (DebugUnderflowOverflow) · wandb-gradients,
 wandb-all (wandb.watch, log_freq 1, offline). What is not installed is left out, and said so.
 """
@@ -50,6 +51,8 @@ from bifusion_diag.data import BatchLoader, open_source
 from bifusion_diag.model.build import build_model
 from bifusion_diag.probes import PROBES, Monitor, Probe, make_probes
 from bifusion_diag.record import RunHeader, RunWriter, TensorBoardSink
+from bifusion_diag.replay.detect import DEFAULT_BOUNDS, Detector
+from bifusion_diag.replay.recorder import FlightRecorder
 from bifusion_diag.training.optim import build_optimizer
 
 BARE = ("bare", "bare, again")
@@ -113,13 +116,22 @@ def bare(work: Workload) -> AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
-def ours(names: Sequence[str]) -> Way:
+def ours(names: Sequence[str], recorded: bool = False) -> Way:
     """Our probes, with the record and the TensorBoard events that a Monitor writes. Each time the steps have the next
-    numbers: at every step it is the turn of other modules."""
+    numbers: at every step it is the turn of other modules.
+
+    Args:
+        names: of the probes.
+        recorded: with the flight recorder, whose detector remembers the steps before.
+    """
     steps = itertools.count()
+    detector = Detector(DEFAULT_BOUNDS)
 
     @contextmanager
     def watch(work: Workload) -> Iterator[Monitor]:
+        recorder = FlightRecorder(lambda batch: work.forward(work.model, batch)) if recorded else None
+        if recorder is not None:
+            recorder.detector = detector
         with (
             tempfile.TemporaryDirectory() as folder,
             RunWriter(
@@ -134,9 +146,11 @@ def ours(names: Sequence[str]) -> Way:
                 writer=writer,
                 block=1 << 20,
                 first_step=next(steps),
+                recorder=recorder,
             ) as monitor,
         ):
             yield monitor
+        assert recorder is None or not recorder.incidents, "a healthy step was taken for a bad one"
 
     return watch
 
@@ -233,6 +247,7 @@ def ways_to_watch() -> dict[str, Way]:
     found: dict[str, Way] = dict.fromkeys(BARE, bare)
     found |= {name: ours([name]) for name in PROBES}
     found |= {"grads+losses": ours(["grads", "losses"]), "all": ours(["all"])}
+    found |= {"recorder": ours([], recorded=True), "all+recorder": ours(["all"], recorded=True)}
     found |= {"naive": naive, "anomaly": anomaly}
     if importlib.util.find_spec("transformers"):
         found["transformers"] = underflow_overflow

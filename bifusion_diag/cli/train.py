@@ -4,18 +4,38 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from bifusion_diag.errors import UserError
 
+if TYPE_CHECKING:
+    from bifusion_diag.record import Run
+
 #: The catalogue's, to which a test holds them: the catalogue itself would load PyTorch for --help.
 PROBES = (
     "grads", "activations", "weights", "updates", "losses", "loss_gradients", "clip", "projection", "gate", "normalize",
     "attention", "matching", "data", "throughput",
 )  # fmt: skip
+
+
+def list_faults(injections: list[str] | None) -> list[str] | None:
+    """Print every fault for ``--inject list``, and end."""
+    if injections is None or "list" not in injections:
+        return injections or None
+    from rich.table import Table
+
+    from bifusion_diag.training.faults import fault_table
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("fault", "in", "WHERE", "lasts", "what it does"):
+        table.add_column(title, no_wrap=title != "what it does")
+    for row in fault_table():
+        table.add_row(*row)
+    Console().print(table)
+    raise typer.Exit
 
 
 def train(
@@ -51,6 +71,24 @@ def train(
         str | None,
         typer.Option(help="Weights to begin with: ESAM, OneFormer3D, Mask3D, Res16UNet, or an earlier run's."),
     ] = None,
+    on_incident: Annotated[
+        str | None, typer.Option(help="What to do about a bad step's update: record, skip, rollback or stop.")
+    ] = None,
+    alarm: Annotated[
+        list[str] | None,
+        typer.Option(help="A further sign of a bad step, for example 'loss/clip_align > 10'. May be repeated."),
+    ] = None,
+    capsule_limit: Annotated[
+        str | None, typer.Option(help="Largest capsule of an incident, for example '500 MB'.")
+    ] = None,
+    inject: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A fault on purpose, NAME@STEP[:WHERE], to try the instruments on; list: all. May be repeated.",
+            callback=list_faults,
+            is_eager=True,  # the list needs no --out
+        ),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with settings.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="key=value, for example optim.lr=1e-4. May be repeated.")
@@ -58,6 +96,8 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run at --out.")] = False,
 ) -> None:
     """Train a preset with probes on and write a run record.
+
+    A bad step is caught before its update, taken apart, and kept as a capsule beside the record.
 
     Ctrl-C or SIGTERM ends the run after the step under way, with a valid record and a checkpoint to resume from.
 
@@ -74,25 +114,39 @@ def train(
         "model.clip.cache_folder": clip_cache,
         "model.init_from": init_from,
         "evaluation.every": evaluate_every,
+        "incidents.policy": on_incident,
+        "incidents.capsule_limit": capsule_limit,
+        "incidents.rules": alarm or None,
         "evaluation.source": val_data,
+        "training.inject": inject,
     }
     given = {key: value for key, value in shorthands.items() if value is not None}
     console = Console(stderr=True)
-    if resume:
-        changed = [model, scale, config, probe, set_, *given.values()]
-        if any(item is not None for item in changed):
-            raise UserError("--resume goes on with the run's own settings: give nothing else but --out")
-        from bifusion_diag.training import resume_training
+    if resume and any(item is not None for item in (model, scale, config, probe, set_, *given.values())):
+        raise UserError("--resume goes on with the run's own settings: give nothing else but --out")
+    from bifusion_diag.replay.recorder import BadStepError
+    from bifusion_diag.training import resume_training, start_training
 
-        run = resume_training(out, console=console)
-    else:
-        from bifusion_diag.config import load_settings
-        from bifusion_diag.training import start_training
+    try:
+        if resume:
+            run = resume_training(out, console=console)
+        else:
+            from bifusion_diag.config import load_settings
 
-        settings = load_settings(model, scale=scale, config=config, overrides=set_ or (), values=given)
-        if val_data is not None and not settings.evaluation.every:
-            raise UserError("--val-data is evaluated only with --evaluate-every N: say how many steps apart")
-        run = start_training(settings, out, probes=probe or [], command=sys.argv[1:], console=console)
+            settings = load_settings(model, scale=scale, config=config, overrides=set_ or (), values=given)
+            if val_data is not None and not settings.evaluation.every:
+                raise UserError("--val-data is evaluated only with --evaluate-every N: say how many steps apart")
+            run = start_training(settings, out, probes=probe or [], command=sys.argv[1:], console=console)
+    except BadStepError as error:
+        typer.echo(f"stopped: {error}")
+        if error.incident.capsule is not None:
+            typer.echo(f"replay the step with: bifusion-diag replay {error.incident.capsule} --trace")
+        raise typer.Exit(1) from error
+    _tell(run, out)
+
+
+def _tell(run: Run, out: Path) -> None:
+    """Say how the run ended, and how to go on."""
     if run.header.environment.get("rank", 0) == 0:
         typer.echo(f"{run.status}: {len(run.steps)} steps recorded in {out}")
         if run.status == "interrupted":

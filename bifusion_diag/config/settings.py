@@ -367,12 +367,29 @@ class TrainingSettings(Strict):
     fingerprint_every: int = Field(
         10, ge=0, description="steps between digests of the weights, which a replay is held to; 0 = none"
     )
+    inject: tuple[str, ...] = Field(
+        (), description="faults on purpose, NAME@STEP[:WHERE] each; `bifusion-diag train --inject list` lists them"
+    )
 
     @field_validator("stages", mode="before")
     @classmethod
     def _stages_were_a_switch(cls, value: object) -> object:
         """Earlier settings and records hold true or false."""
         return {True: "heads_first", False: "none"}[value] if isinstance(value, bool) else value
+
+
+class IncidentSettings(Strict):
+    """What happens at a bad step."""
+
+    policy: Literal["record", "skip", "rollback", "stop"] = Field(
+        "record",
+        description="'record' does the update all the same; 'skip' leaves it out, unless its gradients are good; "
+        "'rollback' goes back to a state of some steps before; 'stop' ends the run before it",
+    )
+    capsules: int = Field(10, ge=0, description="incidents kept as capsules that can be replayed; 0 = none")
+    capsule_limit: str = Field("2 GB", description="largest capsule, for example '500 MB'")
+    rules: tuple[str, ...] = Field((), description="further alarms, for example 'loss/clip_align > 10'")
+    keep_every: Positive = Field(10, description="of 'rollback': steps between the states that are kept")
 
 
 class EvaluationSettings(Strict):
@@ -484,5 +501,6 @@ class Settings(Strict):
     losses: LossSettings = LossSettings()
     optim: OptimSettings = OptimSettings()
     training: TrainingSettings = TrainingSettings()
+    incidents: IncidentSettings = IncidentSettings()
     data: DataSettings = DataSettings()
     evaluation: EvaluationSettings = EvaluationSettings()

@@ -85,15 +85,14 @@ class Fingerprint:
 
     def difference(self, other: Fingerprint) -> str:
         """The first that differs in another one, in words; "" where all is the same."""
-        for what, mine, theirs in (
-            ("loss", self.losses, other.losses),
-            ("gradient of", self.gradients, other.gradients),
-        ):
-            if not mine or not theirs:
-                continue  # one of them did not measure it
-            for name in dict.fromkeys([*mine, *theirs]):
-                if mine.get(name) != theirs.get(name):
-                    return f"{what} {name}" + ("" if name in mine and name in theirs else " is there only once")
+        for name in self.losses:  # a loop and its step function may name their terms differently
+            if self.losses[name] != other.losses.get(name, self.losses[name]):
+                return f"loss {name}"
+        if self.gradients and other.gradients:  # else one of them did not measure them
+            for name in dict.fromkeys([*self.gradients, *other.gradients]):
+                if self.gradients.get(name) != other.gradients.get(name):
+                    there = name in self.gradients and name in other.gradients
+                    return f"gradient of {name}" + ("" if there else ", which is there only once")
         return ""
 
 
@@ -108,7 +107,7 @@ def losses_of(result: Any) -> LossTerms:
     if isinstance(result, tuple) and len(result) == 2 and not hasattr(result, "_fields"):
         total, terms = result
         if isinstance(total, Tensor) and isinstance(terms, Mapping):
-            return LossTerms.of(terms, None, total)
+            return LossTerms.of(terms or {TOTAL: total}, None, total)
     terms, weights, total = (getattr(result, name, None) for name in ("terms", "weights", "total"))
     if isinstance(terms, Mapping) and isinstance(total, Tensor):
         return LossTerms.of(terms, weights if isinstance(weights, Mapping) else None, total)

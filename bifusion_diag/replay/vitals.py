@@ -48,7 +48,6 @@ class Vitals:
         total: the loss that was differentiated.
         grad_norm: L2 norm of all parameter gradients before clipping, in float64: finite wherever every element is.
         grad_norm32: as float32 code computes it: infinite where a sum of squares overflows. None: not computed.
-        local_norm: of several processes: L2 norm of this one's gradients before they are reduced.
         norms: by module: L2 norm of its own parameters' gradients; 0 for none.
         states: by module: FROZEN ... NONFINITE.
         bad_parameters: names of those whose gradient is NaN or infinite.
@@ -79,7 +78,6 @@ class Vitals:
     total: float | None = None
     grad_norm: float | None = None
     grad_norm32: float | None = None
-    local_norm: float | None = None
     norms: Mapping[str, float] = field(default_factory=dict)
     states: Mapping[str, int] = field(default_factory=dict)
     bad_parameters: tuple[str, ...] = ()

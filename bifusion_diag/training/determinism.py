@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from bifusion_diag.errors import UserError
-from bifusion_diag.probes.ranks import own_rank, world_size
-from bifusion_diag.training.distributed import gather
+from bifusion_diag.probes.ranks import gather, own_rank, world_size
 
 
 def choose_device(name: str) -> torch.device:

@@ -4,10 +4,10 @@ gradients are averaged over the ranks (DistributedDataParallel). A process that 
 # No `from __future__ import annotations`: DistributedDataParallel wants the annotations of a hook as objects.
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,15 +99,6 @@ def seed_rank(seed: int) -> None:
         torch.manual_seed(int(np.random.SeedSequence([seed, own_rank()]).generate_state(1, np.uint64)[0]))
 
 
-def gather(mine: Any) -> list[Any]:
-    """What every rank gives, by rank. All must call it at the same place of their program."""
-    if world_size() == 1:
-        return [mine]
-    everyone: list[Any] = [None] * world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone
-
-
 class _Total(nn.Module):
     """A model whose output is its total loss.
 
@@ -170,23 +161,3 @@ class Replica:
         self._norms.append(l2_norm(bucket.buffer()))
         group: Any = None  # the default one
         return allreduce_hook(group, bucket)
-
-
-class Sight(NamedTuple):
-    """What one rank saw of a step."""
-
-    loss: float
-    local_norm: float  # of its gradient before the all-reduce
-    terms: list[str]  # loss terms that are not finite
-    scenes: Sequence[str]
-    notes: Sequence[Any]
-
-
-def where_it_began(sights: Sequence[Sight]) -> list[int]:
-    """The ranks that a bad step began at: whose loss is not finite, else whose gradient is not, else the one whose
-    gradient is largest."""
-    for numbers in ([sight.loss for sight in sights], [sight.local_norm for sight in sights]):
-        bad = np.flatnonzero(~np.isfinite(numbers))
-        if len(bad):
-            return [int(rank) for rank in bad]
-    return [int(np.argmax([sight.local_norm for sight in sights]))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import shutil
 import time
@@ -18,13 +17,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from bifusion_diag.config import Settings, settings_from_dict
-from bifusion_diag.data import Batch, BatchLoader
-from bifusion_diag.diagnosis import SpikeDetector, measure_record, measures_to_dict
+from bifusion_diag.data import BatchLoader
+from bifusion_diag.diagnosis import measure_record, measures_to_dict
 from bifusion_diag.diagnosis.validation import measured_against
 from bifusion_diag.errors import UserError
 from bifusion_diag.model.build import build_model
 from bifusion_diag.model.checkpoints import load_weights
-from bifusion_diag.model.outputs import LossOutput
 from bifusion_diag.probes import Monitor, probe_preset
 from bifusion_diag.probes.base import Schedule
 from bifusion_diag.probes.losses import LossesProbe
@@ -37,9 +35,11 @@ from bifusion_diag.record import (
     TensorBoardSink,
     check_output,
     collect_environment,
+    incident_folder,
     load_run,
 )
 from bifusion_diag.record.schema import FINGERPRINT
+from bifusion_diag.replay.recorder import BadStepError, FlightRecorder
 from bifusion_diag.training.checkpoint import (
     Checkpoint,
     checkpoint_folder,
@@ -48,16 +48,9 @@ from bifusion_diag.training.checkpoint import (
     save_checkpoint,
 )
 from bifusion_diag.training.determinism import choose_device, make_deterministic, not_deterministic, torch_environment
-from bifusion_diag.training.distributed import (
-    Replica,
-    Sight,
-    explained,
-    gather,
-    process_group,
-    seed_rank,
-    where_it_began,
-)
+from bifusion_diag.training.distributed import Replica, explained, process_group, seed_rank
 from bifusion_diag.training.evaluation import Evaluator, training_source, validation_source
+from bifusion_diag.training.faults import Faults
 from bifusion_diag.training.fingerprint import weights_digest
 from bifusion_diag.training.optim import build_optimizer, clip_gradient, learning_rate, set_learning_rate
 from bifusion_diag.training.progress import ProgressDisplay
@@ -142,8 +135,8 @@ class Trainer:
         with monitor.step(batch):                  the probes measure
             forward, loss, backward                of several processes, gradients are averaged
             the gradient is clipped                its norm before clipping is kept
-            the numbers are judged                 events "non-finite" and "spike"; all processes agree
-            the optimiser steps
+            the optimiser steps                    the flight recorder judges before it, and takes a bad step apart:
+                                                   events "non-finite", "spike" and others; all processes agree
         after the last step, the model is evaluated
 
     Of several processes (torchrun), each has a batch of its own and records what it sees of it. Rank 0 alone evaluates,
@@ -184,14 +177,17 @@ class Trainer:
         seed_rank(training.seed)
         self.replica = Replica(self.model)
         self.optimizer = build_optimizer(self.model, settings.optim)
+        self.faults = Faults(training.inject, self.model, self.optimizer, batch_size=training.batch_size)
         self.stages = StageSwitch(self.model, stages_of(settings), training.steps)
-        self.spikes = SpikeDetector()
+        self.recorder = self._make_recorder()
         self.stop = StopRequest()
         self.first_step = 0
         if checkpoint is not None:
+            self.faults.before_step(checkpoint.step)  # parts that an earlier fault has left out; weights are restored
             restore_checkpoint(checkpoint, self.model, self.optimizer)
             self.first_step = checkpoint.step
-            self.spikes = SpikeDetector(checkpoint.info["grad_norms"])
+            if "recorder" in checkpoint.info:  # those of earlier versions hold none
+                self.recorder.load_state_dict(checkpoint.info["recorder"])
         validation = {} if self.evaluator is None else {"validation": self.evaluator.provenance()}
         self.against = measured_against(validation.get("validation", {}))
         header = RunHeader(
@@ -206,6 +202,8 @@ class Trainer:
                 "labels": source.describe()["labels"],
                 "data": source.describe(),
                 "scenes_per_epoch": self.loader.scenes_per_epoch,
+                "flight_recorder": settings.incidents.policy,
+                **({"injected_faults": self.faults.provenance()} if training.inject else {}),
                 **validation,
                 **({} if again is None else {"replay": again.origin}),
             },
@@ -227,8 +225,23 @@ class Trainer:
         if not self.resumed and own_rank() == 0:
             # Of an earlier run of this name; first, so that no kill leaves them beside the record of this run.
             shutil.rmtree(checkpoint_folder(out), ignore_errors=True)
+            shutil.rmtree(incident_folder(out), ignore_errors=True)
         self.writer = RunWriter(out, header, resume_at=resume_at, tensorboard=tensorboard, **part)
-        self.monitor = Monitor(self.model, self.optimizer, instruments, writer=self.writer)
+        self.monitor = Monitor(self.model, self.optimizer, instruments, writer=self.writer, recorder=self.recorder)
+
+    def _make_recorder(self) -> FlightRecorder:
+        incidents = self.settings.incidents
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        return FlightRecorder(
+            lambda batch: self.model(batch).loss,
+            on_incident=incidents.policy,
+            capsules=incidents.capsules,
+            capsule_limit=incidents.capsule_limit,
+            rules=incidents.rules,
+            keep_every=incidents.keep_every,
+            settings=self.settings.model_dump(mode="json"),
+            rebuilt=[name for name, p in self.model.named_parameters() if id(p) not in held],
+        )
 
     def _initial_weights(self, checkpoint: Checkpoint | None) -> dict[str, Any] | None:
         """Load `model.init_from` and say what that was. A resumed run has its own weights, and only remembers."""
@@ -245,6 +258,7 @@ class Trainer:
         """Train until the last step or a signal, and close the record either way."""
         training = self.settings.training
         done = self.first_step
+        bad: BadStepError | None = None
         with self.writer, explained(), stop_on_signals(shared=world_size() > 1) as self.stop:
             title = f"{self.settings.preset} ({self.settings.scale})"
             if not self.resumed:
@@ -259,7 +273,11 @@ class Trainer:
                     measured = self._evaluated(done, display) if self._evaluates_before(done) else {}
                     if self.stop.requested:
                         break
-                    self._step(done, display)
+                    try:
+                        self._step(done, display)
+                    except BadStepError as error:
+                        bad = error
+                        break
                     done += 1
                     if done == training.steps:
                         measured = self._evaluated(done, display)
@@ -274,10 +292,14 @@ class Trainer:
                 where = f" on {_name_of(self.stop.ranks)}" if self.stop.ranks else ""
                 message = f"{self.stop.signal_name}{where} after {done} of {self.end} steps"
                 self.writer.event(last, "signal", message)
+            if bad is not None:
+                self.writer.event(done, "stop", str(bad))
             if done > self.first_step or not done:  # else it is the checkpoint that the run was resumed from
                 self._save(done)
             measures = measures_to_dict(measure_record(RecordReader(self.writer.folder)))
             self.writer.finish("interrupted" if done < self.end else "completed", measures=measures)
+        if bad is not None and self.again is None:  # a replay has ended where the run did
+            raise bad
         # A full disk leaves no run.json.
         return load_run(self.out if own_rank() == 0 and self.out.is_file() else self.writer.folder)
 
@@ -286,37 +308,48 @@ class Trainer:
         self.model.set_progress(step, self.settings.training.steps)
         stage = self.stages.enter(step)
         if stage is not None:
+            self.recorder.announce(f"stage {stage.name}")
             self.writer.event(step, "stage", f"stage {stage.name}: {stage.description}", name=stage.name)
             display.note(f"step {step}: stage {stage.name} ({stage.description})")
+        for message in self.faults.beginning(step):
+            self.writer.event(step, "inject", message)
+            display.note(f"step {step}: {message}")
 
     def _step(self, step: int, display: ProgressDisplay) -> None:
         began = time.perf_counter()
-        batch = self.loader.batch(step).to(self.device)
+        batch = self.faults.batch(step, self.loader.batch(step)).to(self.device)
         loaded = time.perf_counter()
         rate = learning_rate(self.settings.optim, step, self.settings.training.steps)
         clip_scale = self.settings.optim.clip_lr_scale if self.stages.stage.slow_clip else 1.0
         rates = set_learning_rate(self.optimizer, rate, clip_scale=clip_scale)
-        with self.monitor.step(batch, step=step):
-            loss = self.replica.loss(batch)
-            loss.total.backward()
-            clipped = clip_gradient(self.model.parameters(), self.settings.optim.clip_grad)
-            # The one wait for the device in a step.
-            local_norm = self.replica.local_norm(clipped.norm)
-            total, norm, local = torch.stack([loss.total.detach(), clipped.norm, local_norm]).tolist()
-            self._judge(step, batch, loss, total, norm, local, display)
-            self.optimizer.step()
+        self.faults.before_step(step)
+        known = len(self.recorder.incidents)
+        try:
+            with self.faults.context(step), self.monitor.step(batch, step=step):
+                loss = self.replica.loss(batch)
+                loss.total.backward()
+                self.faults.after_backward(step)
+                clipped = clip_gradient(self.model.parameters(), self.settings.optim.clip_grad)
+                local_norm = self.replica.local_norm(clipped.norm)
+                logs: dict[str, float | Tensor] = {
+                    "train/grad_norm": clipped.norm,
+                    "train/clip_coefficient": clipped.coefficient,
+                    **({"train/local_grad_norm": local_norm} if world_size() > 1 else {}),
+                    **rates,
+                    "train/data_seconds": loaded - began,
+                }
+                for name, value in logs.items():
+                    self.monitor.log(name, value)
+                self.faults.before_update(step)
+                self.optimizer.step()
+        finally:
+            for incident in self.recorder.incidents[known:]:
+                display.incident(f"step {step}: {incident.message}")
         self.optimizer.zero_grad(set_to_none=True)
-        logs: dict[str, float | Tensor] = {
-            "train/grad_norm": clipped.norm,
-            "train/clip_coefficient": clipped.coefficient,
-            **({"train/local_grad_norm": local_norm} if world_size() > 1 else {}),
-            **rates,
-            "train/data_seconds": loaded - began,
-            "train/step_seconds": time.perf_counter() - began,
-        }
-        for name, value in logs.items():
-            self.monitor.log(name, value)
-        display.step(step + 1, total, norm)
+        self.monitor.log("train/step_seconds", time.perf_counter() - began)
+        verdict = agree([self.stop.received])
+        self.stop.agree(verdict.flags[0], verdict.ranks[0])
+        display.step(step + 1, *torch.stack([loss.total.detach(), clipped.norm]).tolist())
 
     def _evaluates_before(self, step: int) -> bool:
         """Whether the weights that a step begins with are evaluated, and recorded at that step.
@@ -344,49 +377,6 @@ class Trainer:
             display.note(f"evaluated after {done} steps: {words}")
         return metrics
 
-    def _judge(
-        self,
-        step: int,
-        batch: Batch,
-        loss: LossOutput,
-        total: float,
-        norm: float,
-        local_norm: float,
-        display: ProgressDisplay,
-    ) -> None:
-        """Record a step that is bad: whose loss or gradient is not finite, or whose gradient norm is a spike. All ranks
-        come to the same verdict, and name the ranks at which it began and their scenes."""
-        finite = math.isfinite(total) and math.isfinite(norm)
-        verdict = agree([not finite, self.spikes.update(norm), self.stop.received])
-        self.stop.agree(verdict.flags[2], verdict.ranks[2])
-        nonfinite, spike, _ = verdict.flags
-        if not (nonfinite or spike):
-            return
-        terms = [name for name, value in loss.terms.items() if not math.isfinite(value.item())]
-        sights = gather(Sight(total, local_norm, terms, batch.names, batch.notes))
-        ranks = where_it_began(sights)
-        first = sights[ranks[0]]
-        facts: dict[str, Any] = {
-            "loss": first.loss,
-            "grad_norm": norm,
-            "scenes": [name for rank in ranks for name in sights[rank].scenes],
-            "scene_notes": [notes for rank in ranks for notes in sights[rank].notes],
-        }
-        where = ""
-        if len(sights) > 1:
-            where = f" on {_name_of(ranks)}"
-            facts |= {"rank": ranks[0], "ranks": ranks, "local_norms": [sight.local_norm for sight in sights]}
-        if nonfinite:
-            bad = list(dict.fromkeys(name for rank in ranks for name in sights[rank].terms))
-            what = ", ".join(f"loss term {name}" for name in bad)
-            what = what or ("gradient" if math.isfinite(first.loss) else "loss")
-            message = f"non-finite {what}{where}; pre-clip grad norm {norm:.4g}"
-            self.writer.event(step, "non-finite", message, terms=bad, **facts)
-        else:
-            message = f"spike of the pre-clip grad norm{where}: {norm:.4g}"
-            self.writer.event(step, "spike", message, **facts)
-        display.incident(f"step {step}: {message}; scenes {', '.join(facts['scenes'])}")
-
     def _weights(self) -> str:
         """A digest of what learns in some stage."""
         return weights_digest(p for group in self.optimizer.param_groups for p in group["params"])
@@ -402,7 +392,7 @@ class Trainer:
         if self.again is not None:
             return
         self.monitor.flush()
-        info = {**self.info, "grad_norms": self.spikes.previous, "weights": self._weights()}
+        info = {**self.info, "recorder": self.recorder.state_dict(), "weights": self._weights()}
         try:
             keep = self.settings.training.keep_checkpoints
             save_checkpoint(checkpoint_folder(self.out), done, self.model, self.optimizer, info, keep=keep)

@@ -20,7 +20,8 @@ from bifusion_diag.data import Batch
 from bifusion_diag.probes.ranks import own_rank, world_size
 from bifusion_diag.record import Run
 from bifusion_diag.training import Trainer, resume_training
-from bifusion_diag.training.distributed import Replica, gather, process_group
+from bifusion_diag.probes.ranks import gather
+from bifusion_diag.training.distributed import Replica, process_group
 
 QUIET = Console(quiet=True)
 STEPS = 6  # stages begin at steps 0, 1 and 4

@@ -1,0 +1,383 @@
+"""The flight recorder: watches every step's signs of life, and takes a bad step apart before its update."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from torch import nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from bifusion_diag.errors import UserError, near_matches
+from bifusion_diag.probes.ranks import agree, gather, own_rank, world_size
+from bifusion_diag.replay.batches import Names, Split, cut, sample_names, sample_notes
+from bifusion_diag.replay.capsule import CapsuleWriter
+from bifusion_diag.replay.detect import DEFAULT_BOUNDS, Bounds, Detector
+from bifusion_diag.replay.diagnose import diagnose
+from bifusion_diag.replay.incident import Incident, Reproduction, Trigger
+from bifusion_diag.replay.notes import StepNotes
+from bifusion_diag.replay.rules import Rule, make_rules
+from bifusion_diag.replay.sentinel import Sentinel
+from bifusion_diag.replay.sights import Sight, where_it_began
+from bifusion_diag.replay.step import StepFunction, Training
+from bifusion_diag.replay.vitals import Vitals
+
+Policy = Literal["record", "skip", "rollback", "stop"]
+POLICIES: tuple[Policy, ...] = get_args(Policy)
+Event = Callable[[int, str, str, dict[str, Any]], None]
+
+IN_A_ROW = 2  # of bad steps that follow each other at once, so many are taken apart
+ALIKE = 20  # of incidents with one kind and place, so many are taken apart in a run
+
+
+class BadStepError(RuntimeError):
+    """The policy "stop" has ended a run before a bad update."""
+
+    keeps_row = True  # the step itself was measured, and is recorded
+
+    def __init__(self, incident: Incident) -> None:
+        super().__init__(f"step {incident.step}: {incident.triggers[0].message}; stopped before the update")
+        self.incident = incident
+
+
+@dataclass
+class _Snapshot:
+    """A good state to go back to."""
+
+    step: int
+    model: dict[str, Any]
+    optimizers: list[dict[str, Any]]
+
+
+class FlightRecorder:
+    """Notes how each step began, and when a step is bad runs it again, exactly, to find out why::
+
+        recorder = FlightRecorder(lambda batch: losses(model(batch[0]), batch[1]))
+        with Monitor(model, optimizer, out="runs/mine", recorder=recorder) as monitor:
+            for batch in loader:
+                with monitor.step(batch):
+                    loss = ...                 # the same as the step function computes
+                    loss.backward()
+                    optimizer.step()           # judged here, before anything is updated
+
+    A healthy step costs the notes (random generators, buffers, a copy of the batch) and its signs of life: sums of
+    squares of the gradients, a few numbers of the batch and of the weights. A bad step is run again up to some thirty
+    times, by which training itself is not changed: weights, gradients, buffers and random numbers are then as they
+    would have been. What is done about the update is the policy's.
+
+    Args:
+        step: from a batch to its loss, forward and loss as the loop does them, autocast included, and no backward. With
+            gradient accumulation it is given what monitor.step was given, and returns the sum. None: incidents are
+            detected and captured, but not run again here.
+        on_incident: "record" does the update all the same; "skip" leaves it out and takes the forward's buffers back;
+            "rollback" goes back to a state of some steps before; "stop" raises :class:`BadStepError`.
+        capsules: how many incidents are written as capsules in a run; 0 = none.
+        capsule_limit: largest capsule, as "2 GB", "500 MB" or a number of bytes.
+        rules: functions from :class:`Vitals` to a message or None, or texts such as "loss/mask > 10".
+        bounds: of the detector.
+        split: batch → one batch a sample. None: tensors are cut along their first dimension.
+        names: batch → a name a sample. None: found in the batch.
+        settings: of the run, JSON: stored in capsules.
+        state: function that returns what else decides a step, such as a scheduler's state_dict: stored in capsules.
+        rebuilt: names of parameters that need not be stored in capsules, as the settings give them again.
+        keep_every: of "rollback": steps between the states that are kept.
+
+    Raises:
+        UserError: unknown policy, a rule or a size that cannot be read.
+    """
+
+    def __init__(
+        self,
+        step: StepFunction | None = None,
+        *,
+        on_incident: Policy = "record",
+        capsules: int = 10,
+        capsule_limit: str | int = "2 GB",
+        rules: Sequence[str | Rule] = (),
+        bounds: Bounds = DEFAULT_BOUNDS,
+        split: Split | None = None,
+        names: Names | None = None,
+        settings: Mapping[str, Any] | None = None,
+        state: Callable[[], Mapping[str, Any]] | None = None,
+        rebuilt: Iterable[str] = (),
+        keep_every: int = 10,
+    ) -> None:
+        if on_incident not in POLICIES:
+            raise UserError(f"on_incident={on_incident!r} is no policy.{near_matches(str(on_incident), POLICIES)}")
+        self.policy = on_incident
+        self.sentinel = Sentinel(self._suspicious)
+        self.detector = Detector(bounds, make_rules(rules))
+        self.incidents: list[Incident] = []
+        self._step_function = step
+        self._capsules = CapsuleWriter(
+            capsules, capsule_limit, settings=settings or {}, state=state, rebuilt=frozenset(rebuilt)
+        )
+        self._split, self._names = split, names
+        self._keep_every = keep_every
+        self._notes: StepNotes | None = None
+        self._before: StepNotes | None = None  # of the last healthy step
+        self._spare: StepNotes | None = None
+        self._good: list[_Snapshot] = []
+        self._judged = False
+        self._in_a_row = 0
+        self._alike: dict[tuple[str, str | None, str | None], int] = {}
+        self._said: set[str] = set()
+
+    # --- called by the Monitor -----------------------------------------------------------------------------------
+
+    def open(
+        self,
+        model: nn.Module,
+        optimizers: tuple[Optimizer, ...],
+        scaler: GradScaler | None,
+        paused: Callable[[], AbstractContextManager[None]],
+        folder: Path | None,
+        event: Event,
+    ) -> None:
+        """Training begins.
+
+        Args:
+            model: without DistributedDataParallel around it.
+            optimizers: that train it.
+            scaler: of mixed precision.
+            paused: context in which the Monitor measures nothing.
+            folder: where capsules are written, one folder each; None: nowhere.
+            event: called with every incident: its step, kind, message and facts.
+        """
+        self._training = Training(model, self._step_function or _cannot_run, optimizers, scaler)
+        self._paused = paused
+        self._capsules.open(model, folder)
+        self._event = event
+
+    def begin(self, number: int, batch: Any) -> None:
+        """A step begins with this batch, which is loaded."""
+        self._judged = False
+        self._updates = 0
+        self._triggers: list[Trigger] = []
+        self._vitals: Vitals | None = None
+        self._began = time.perf_counter()
+        self._notes, self._spare = StepNotes(self._training.model, number, batch, self._spare), None
+        if self.policy == "rollback" and number % self._keep_every == 0 and self._in_a_row == 0:
+            self._keep(number)
+
+    def before_update(self, optimizer: Optimizer) -> None:
+        """An optimiser is about to step: judge the step, once.
+
+        Raises:
+            BadStepError: it is bad and the policy is "stop".
+        """
+        if not self._judged and self._notes is not None:
+            self._judged = True
+            self._vitals = self.sentinel.measure(self._notes.number)
+            self._judge(self._vitals, optimizer)
+
+    def end(self) -> None:
+        """The step block ends; also where no optimiser has stepped in it.
+
+        Raises:
+            BadStepError: as above.
+        """
+        if self._notes is None:
+            return
+        if not self._judged:
+            self._judged = True
+            self._vitals = self.sentinel.measure(self._notes.number)
+            self._judge(self._vitals, None)
+        assert self._vitals is not None
+        vitals = self.sentinel.updated(self._vitals)
+        if not self._triggers:
+            triggers = self.detector.judge_update(vitals)
+            if self._agreed(bool(triggers)):
+                self._handle(vitals, triggers, None, updated=True)
+        self.detector.remember(vitals)
+        self._in_a_row = self._in_a_row + 1 if self._triggers else 0
+        if self._triggers:
+            self._spare, self._notes = self._notes, None  # the last healthy step stays the one to compare with
+        else:
+            self._spare, self._before, self._notes = self._before, self._notes, None
+
+    def failed(self, error: BaseException) -> None:
+        """The step has raised an error: say what led to it. Never raises."""
+        if self._notes is None or isinstance(error, (BadStepError, KeyboardInterrupt, GeneratorExit, SystemExit)):
+            return
+        if world_size() > 1:
+            return  # the others would wait
+        try:
+            vitals = self.sentinel.measure(self._notes.number)
+            message = f"{type(error).__name__}: {error}".splitlines()[0]
+            trigger = Trigger("exception", f"the step raised {message}")
+            self._handle(vitals, [*self.detector.judge(vitals), trigger], None, updated=False, error=error)
+        except Exception as second:
+            warnings.warn(f"the error of step {self._notes.number} could not be diagnosed: {second}", stacklevel=2)
+
+    def announce(self, what: str) -> None:
+        """Say that the next step is meant to be different: a stage, a schedule, new losses, frozen parts. What the
+        detector expected of modules, gates and levels is forgotten."""
+        self.detector.forget(what)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that goes on later needs, JSON."""
+        return {"detector": self.detector.state(), "capsules": self._capsules.written}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what :meth:`state_dict` returned."""
+        self.detector.restore(state["detector"])
+        self._capsules.written = int(state.get("capsules", 0))
+
+    # --- a bad step ----------------------------------------------------------------------------------------------
+
+    def _suspicious(self, vitals: Vitals) -> bool:
+        """Asked by the sentinel when a backward has ended: whether to take the gradients' digests."""
+        return bool(self.detector.judge(vitals))
+
+    def _judge(self, vitals: Vitals, optimizer: Optimizer | None) -> None:
+        triggers = self.detector.judge(vitals)
+        if self._agreed(bool(triggers)):
+            self._handle(vitals, triggers, optimizer, updated=False)
+
+    def _agreed(self, bad: bool) -> bool:
+        """Whether the step is bad on some rank, as all of them know."""
+        return bad if world_size() == 1 else bool(agree([bad]).flags[0])
+
+    def _handle(
+        self,
+        vitals: Vitals,
+        triggers: list[Trigger],
+        optimizer: Optimizer | None,
+        *,
+        updated: bool,
+        error: BaseException | None = None,
+    ) -> None:
+        """A step is bad, on some rank: take it apart where it began, act, tell."""
+        assert self._notes is not None
+        self._triggers = triggers or [Trigger("rank-divergence", "another process has a bad step")]
+        loss = math.nan if vitals.total is None else vitals.total
+        norm = math.nan if vitals.grad_norm is None else vitals.grad_norm
+        sights = gather(Sight(loss, norm if vitals.local_norm is None else vitals.local_norm))
+        ranks = where_it_began(sights) if len(sights) > 1 else [0]
+        mine = self._explain(vitals, self._triggers, error) if own_rank() in ranks else None
+        of_first = gather(None if mine is None else (mine.harmless, self._scenes(mine)))
+        harmless = all(found[0] for found in of_first if found is not None)
+        action = self._act(optimizer, updated=updated, harmless=harmless)
+        if mine is not None:
+            mine = dataclasses.replace(mine, action=action)
+            with self._paused():
+                folder, note = self._capsules.write(
+                    mine, self._training, self._notes, self.sentinel.fingerprint, updated=updated
+                )
+            mine = dataclasses.replace(mine, capsule=folder, capsule_note=note)
+        stored = next(one for one in gather(None if mine is None else mine.to_dict()) if one is not None)
+        incident = Incident.from_dict(stored)
+        self.incidents.append(incident)
+        facts = {
+            "loss": sights[ranks[0]].loss,
+            "grad_norm": norm,
+            "terms": list(incident.terms),
+            "scenes": [name for found in of_first if found is not None for name in found[1][0]],
+            "scene_notes": [notes for found in of_first if found is not None for notes in found[1][1]],
+        }
+        where = ""
+        if len(sights) > 1:
+            where = f" on rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+            facts |= {"rank": ranks[0], "ranks": ranks, "local_norms": [sight.local_norm for sight in sights]}
+        self._event(incident.step, incident.family, f"{incident.message}{where}", facts | incident.facts())
+        self._do(action, updated=updated)
+        if action == "stop":
+            raise BadStepError(incident)
+
+    def _scenes(self, incident: Incident) -> tuple[list[str], list[list[str]]]:
+        """The guilty samples and what is known of them; where none is named, those of the batch."""
+        if incident.samples or self._notes is None or not self._notes.has_batch:
+            named = [sample.name or f"sample {sample.index}" for sample in incident.samples]
+            return named, [list(sample.notes) for sample in incident.samples]
+        batch = self._notes.batch()
+        try:
+            size = cut(batch, self._split).size
+            names = sample_names(batch, size, self._names)
+        except UserError:  # its samples cannot be told apart
+            return [], []
+        return [name for name in names if name is not None], [list(notes) for notes in sample_notes(batch, size)]
+
+    def _explain(self, vitals: Vitals, triggers: list[Trigger], error: BaseException | None) -> Incident:
+        """The incident, taken apart as far as it is worth it. Never raises."""
+        assert self._notes is not None
+        first, took = triggers[0], time.perf_counter() - self._began
+        plain = Incident(vitals.step, first.kind, tuple(triggers), rank=own_rank(), step_seconds=took)
+        place = (first.kind, first.module, first.term)
+        self._alike[place] = self._alike.get(place, 0) + 1
+        why_not = ""
+        if self._step_function is None:
+            why_not = "no step function was given to the recorder"
+        elif not self._notes.has_batch:
+            why_not = "monitor.step() was not given the batch"
+        elif self._in_a_row >= IN_A_ROW:
+            why_not = f"the {IN_A_ROW} steps before were bad too: see their incidents"
+        elif self._alike[place] > ALIKE:
+            why_not = f"{ALIKE} incidents of this kind and place were taken apart before it"
+        if why_not:
+            return dataclasses.replace(plain, reproduction=Reproduction(None, difference=why_not))
+        try:
+            with self._paused():
+                return diagnose(
+                    plain,
+                    self._training,
+                    self._notes,
+                    vitals,
+                    self.sentinel.fingerprint,
+                    contrast=self._before,
+                    history=self.detector.typical(),
+                    split=self._split,
+                    names=self._names,
+                    error=error,
+                )
+        except Exception as problem:
+            message = f"{type(problem).__name__}: {problem}"
+            warnings.warn(
+                f"step {vitals.step}: the incident was not explained: {message}", RuntimeWarning, stacklevel=2
+            )
+            return dataclasses.replace(plain, reproduction=Reproduction(None, difference=message))
+
+    def _act(self, optimizer: Optimizer | None, *, updated: bool, harmless: bool) -> Policy:
+        """What the policy means here. All ranks come to the same."""
+        if self.policy == "rollback" and not self._good:
+            return "skip" if optimizer is not None and not updated else "record"
+        if self.policy == "skip" and (updated or optimizer is None or harmless):
+            return "record"  # done already, or its gradients are good
+        return self.policy
+
+    def _do(self, action: Policy, *, updated: bool) -> None:
+        assert self._notes is not None
+        if action == "record":
+            return
+        if action in ("skip", "rollback") and not updated:
+            for parameter in self._training.model.parameters():
+                parameter.grad = None
+            for held in self._training.optimizers:
+                for group in held.param_groups:
+                    for parameter in group["params"]:
+                        parameter.grad = None
+            self._notes.start.restore_buffers(self._training.model)
+        if action == "rollback":
+            snapshot = self._good[0]
+            self._training.model.load_state_dict(snapshot.model)
+            for held, state in zip(self._training.optimizers, snapshot.optimizers, strict=True):
+                held.load_state_dict(copy.deepcopy(state))
+
+    def _keep(self, number: int) -> None:
+        """Keep a state to go back to; the one before it too, as what goes wrong may have begun before it shows."""
+        model = {name: value.detach().clone() for name, value in self._training.model.state_dict().items()}
+        optimizers = [copy.deepcopy(optimizer.state_dict()) for optimizer in self._training.optimizers]
+        self._good = [*self._good[-1:], _Snapshot(number, model, optimizers)]
+
+
+def _cannot_run(batch: Any) -> Any:
+    raise UserError("no step function was given to the recorder")
