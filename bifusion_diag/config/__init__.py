@@ -3,6 +3,7 @@
 from bifusion_diag.config.presets import (
     ConfigError,
     load_settings,
+    parse_value,
     preset_description,
     preset_names,
     settings_from_dict,
@@ -13,6 +14,7 @@ __all__ = [
     "ConfigError",
     "Settings",
     "load_settings",
+    "parse_value",
     "preset_description",
     "preset_names",
     "settings_from_dict",

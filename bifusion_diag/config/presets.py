@@ -122,7 +122,7 @@ def _parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
         key, equals, text = pair.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"--set takes key=value, for example optim.lr=1e-4; got {pair!r}")
-        parsed.append((key.strip(), _parse_value(text)))
+        parsed.append((key.strip(), parse_value(text)))
     return _nested(parsed)
 
 
@@ -140,11 +140,16 @@ def _nested(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _parse_value(text: str) -> Any:
+def parse_value(text: str) -> Any:
+    """The value of a ``key=value`` pair: YAML, and numbers like "1e-4".
+
+    Raises:
+        ConfigError: it is not YAML.
+    """
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set: cannot read the value {text!r}: {error}") from error
+        raise ConfigError(f"cannot read the value {text!r}: {error}") from error
     if isinstance(value, str) and _EXPONENT_WITHOUT_POINT.fullmatch(value):
         return float(value)
     return value

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from bifusion_diag.config import Settings, settings_from_dict
+from bifusion_diag.config.settings import TrainingSettings
+from bifusion_diag.errors import UserError
 from bifusion_diag.model.build import build_model
 from bifusion_diag.model.checkpoints import load_weights
+from bifusion_diag.model.segmenter import Segmenter
 from bifusion_diag.replay.capsule import Capsule
 from bifusion_diag.replay.step import Training
 from bifusion_diag.training.determinism import choose_device, make_deterministic
 from bifusion_diag.training.faults import FAULTS, Faults, parse_injections
 from bifusion_diag.training.optim import build_optimizer
 from bifusion_diag.training.stages import StageSwitch, stages_of
+
+
+class Parts(NamedTuple):
+    """What the trainer trains with."""
+
+    model: Segmenter
+    optimizer: torch.optim.Optimizer
+    stages: StageSwitch
+    faults: Faults
 
 
 def is_own(settings: Mapping[str, Any]) -> bool:
@@ -41,18 +53,37 @@ def rebuild(capsule: Capsule) -> Training:
     Raises:
         UserError: settings of another version, or weights that are not here.
     """
-    settings = settings_of(capsule)
-    training, device = settings.training, _device(settings)
+    parts = parts_of(capsule, settings_of(capsule))
+    parts.faults.install(capsule.step)
+    return Training(parts.model, lambda batch: parts.model(batch).loss, (parts.optimizer,))
+
+
+def parts_of(capsule: Capsule, settings: Settings) -> Parts:
+    """What the trainer has at the capsule's step under these settings, which need not be those of the run: a fault in
+    a loss term goes where they take the term away.
+
+    Raises:
+        UserError: settings that no model can have, or weights that are not here.
+    """
+    training = settings.training
     make_deterministic(training.seed, training.threads)
-    model = build_model(settings).to(device).train()
+    model = build_model(settings).to(_device(settings)).train()
     if settings.model.init_from is not None and capsule.content["model"]["rebuilt"]["names"]:
         load_weights(model, Path(settings.model.init_from))
     optimizer = build_optimizer(model, settings.optim)
+    stages = StageSwitch(model, stages_of(settings), training.steps)
     model.set_progress(capsule.step, training.steps)
-    StageSwitch(model, stages_of(settings), training.steps).enter(capsule.step)
-    specs = _of_rank(training.inject, capsule.content["rank"])
-    Faults(specs, model, batch_size=training.batch_size).install(capsule.step)
-    return Training(model, lambda batch: model(batch).loss, (optimizer,))
+    stages.enter(capsule.step)
+    specs = [spec for spec in _of_rank(training.inject, capsule.content["rank"]) if _fits(spec, model, training)]
+    return Parts(model, optimizer, stages, Faults(specs, model, optimizer, batch_size=training.batch_size))
+
+
+def _fits(spec: str, model: Segmenter, training: TrainingSettings) -> bool:
+    try:
+        Faults([spec], model, batch_size=training.batch_size)
+    except UserError:
+        return False
+    return True
 
 
 def _device(settings: Settings) -> torch.device:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bifusion_diag.diagnosis.spikes import FACTOR, MIN_PREVIOUS, SpikeDetector
+from bifusion_diag.probes.loss_terms import LossTerms
 from bifusion_diag.probes.norms import norms_of
 from bifusion_diag.replay.notes import State
 from bifusion_diag.replay.remedies import Action, Patch
@@ -77,17 +78,25 @@ class Course:
     Attributes:
         training: what runs.
         batch: of a step.
-        enter: puts stages, schedules and learning rates where they are in a step.
-        clip: what the loop does to the gradients before the update.
         yardstick: the loss and its raw terms after the last step, see the module's docstring; None where it is not
-            finite on any batch. It may change random numbers and buffers.
+            finite. It may change random numbers and buffers.
     """
 
     training: Training
     batch: Callable[[int], Any]
     yardstick: Callable[[], tuple[float | None, dict[str, float]]]
-    enter: Callable[[int], None] = lambda ahead: None
-    clip: Callable[[], None] = lambda: None
+
+    def enter(self, ahead: int) -> None:
+        """Put stages, schedules and learning rates where they are in a step."""
+
+    def run(self, ahead: int, batch: Any) -> LossTerms:
+        """Forward and backward."""
+        loss = self.training.loss(batch)
+        self.training.backward(loss)
+        return loss
+
+    def before_update(self, ahead: int) -> None:
+        """What the loop does between backward and update, such as clipping."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +138,7 @@ class Trial:
         cost: CPU time of a step, as a multiple of that of a step as it was.
         error: that a step raised.
         refused: why it was not tried.
+        same: every step went as it had gone, bit for bit.
     """
 
     change: Change
@@ -139,6 +149,7 @@ class Trial:
     cost: float | None = None
     error: str = ""
     refused: str = ""
+    same: bool = False
 
     @property
     def nonfinite(self) -> int:
@@ -207,10 +218,17 @@ def ranked(trials: Iterable[Trial]) -> list[Trial]:
     return result + sorted(group, key=lambda trial: trial.change.size)
 
 
-def with_costs(trials: Sequence[Trial]) -> list[Trial]:
-    """The same trials with their costs, relative to the first, which is the step as it was."""
-    base = _seconds(trials[0])
-    return [replace(t, cost=_seconds(t) / base if base and t.steps else None) for t in trials]
+def compared(trials: Sequence[Trial]) -> list[Trial]:
+    """The same trials beside the first one, which is the step as it was: what they cost, and whether they differ."""
+    base, plain = _seconds(trials[0]), _numbers(trials[0])
+    return [
+        replace(
+            trial,
+            cost=_seconds(trial) / base if base and trial.steps else None,
+            same=place > 0 and bool(trial.steps) and _numbers(trial) == plain,
+        )
+        for place, trial in enumerate(trials)
+    ]
 
 
 def try_all(
@@ -243,18 +261,14 @@ def try_all(
         course = start(change)
         return Trial(change, refused=course) if isinstance(course, str) else follow(course, change, steps, previous)
 
-    follow_course = start(Change(AS_IT_WAS))
-    if isinstance(follow_course, str):
-        return [Trial(Change(AS_IT_WAS), refused=follow_course)]
-    progress(AS_IT_WAS)
-    as_it_was = follow(follow_course, Change(AS_IT_WAS), steps, previous)
+    as_it_was = tried(Change(AS_IT_WAS))
     trials = [as_it_was, *map(tried, changes)]
     if combine:
         better = helpful(ranked(trials), as_it_was)
         pair = next(((one, two) for two in better[1:] for one in better[:1] if _differ(one, two)), None)
         if pair is not None:
             trials.append(tried(pair[0].change | pair[1].change))
-    return ranked(with_costs(trials))
+    return ranked(compared(trials))
 
 
 def helpful(trials: Sequence[Trial], as_it_was: Trial) -> list[Trial]:
@@ -265,29 +279,6 @@ def helpful(trials: Sequence[Trial], as_it_was: Trial) -> list[Trial]:
         if mine[:-1] < plain[:-1] or (mine[:-1] == plain[:-1] and mine[-1] * ALIKE < plain[-1]):
             better.append(trial)
     return better
-
-
-class Kept:
-    """All of a training that trials change, to begin each of them in the same state."""
-
-    def __init__(self, training: Training) -> None:
-        self._training = training
-        self._model = {name: value.detach().clone() for name, value in _state(training.model)}
-        self._learns = {name: p.requires_grad for name, p in training.model.named_parameters()}
-        self._optimizers = [_copied(optimizer.state_dict()) for optimizer in training.optimizers]
-        self._state = State(training.model)
-
-    def restore(self) -> None:
-        """Put it back; no parameter has a gradient then."""
-        with torch.no_grad():
-            for name, value in _state(self._training.model):
-                value.copy_(self._model[name])
-        for name, parameter in self._training.model.named_parameters():
-            parameter.requires_grad_(self._learns[name])
-            parameter.grad = None
-        for optimizer, state in zip(self._training.optimizers, self._optimizers, strict=True):
-            optimizer.load_state_dict(_copied(state))
-        self._state.restore(self._training.model)
 
 
 def _step(course: Course, action: Action, ahead: int, batch: Any) -> TrialStep:
@@ -301,8 +292,7 @@ def _step(course: Course, action: Action, ahead: int, batch: Any) -> TrialStep:
             for group in optimizer.param_groups:
                 group["lr"] = group["lr"] * action.rate
     began = time.process_time()
-    loss = training.loss(batch)
-    training.backward(loss)
+    loss = course.run(ahead, batch)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = math.hypot(*map(float, norms_of(gradients)))
     assert loss.total is not None
@@ -320,7 +310,7 @@ def _step(course: Course, action: Action, ahead: int, batch: Any) -> TrialStep:
             torch._foreach_mul_(gradients, min(1.0, action.clip / (exact + 1e-6)))
         else:
             nn.utils.clip_grad_norm_(parameters, action.clip)
-    course.clip()
+    course.before_update(ahead)
     for optimizer in training.optimizers:
         optimizer.step()
     return TrialStep(total, terms, norm, True, False, time.process_time() - began)
@@ -342,6 +332,11 @@ def _seconds(trial: Trial) -> float:
     return statistics.median(step.seconds for step in trial.steps) if trial.steps else 0.0
 
 
+def _numbers(trial: Trial) -> str:
+    """All that was measured but the time, as text, in which NaN is NaN."""
+    return repr([(step.loss, step.terms, step.grad_norm, step.updated) for step in trial.steps])
+
+
 def _differ(one: Trial, other: Trial) -> bool:
     """Together they are more than each alone."""
     both = one.change | other.change
@@ -355,14 +350,3 @@ def _state(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
 
 def _finite(value: Tensor) -> bool:
     return not value.is_floating_point() or bool(value.isfinite().all())
-
-
-def _copied(value: Any) -> Any:
-    """An optimiser's state with tensors of its own."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, dict):
-        return {key: _copied(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_copied(entry) for entry in value]
-    return value
