@@ -222,7 +222,7 @@ class _Search:
         return dict.fromkeys(guilty, end), "no sample stands out and heals the step when it is left out"
 
     def _outlying(self, value: Value) -> list[tuple[tuple[int, ...], bool]]:
-        """Samples that stand out alone, several if they do together, and whether strongly: the likeliest guess first."""
+        """Samples that stand out alone, or several together, and whether strongly: the likeliest guess first."""
         self._run_alone(value)
         runs = {samples: value(run) for samples, run in self.alone.items() if not run.error}
         runs = {samples: x for samples, x in runs.items() if math.isfinite(x)}
