@@ -511,22 +511,20 @@ def hooks_of(training: Training) -> dict[str, list[str]]:
 
 
 def outside_modules(training: Training) -> list[str]:
-    """What the step function uses beside the model, such as a teacher: names of modules with weights or buffers."""
+    """What the step function uses beside the model and is not stored, such as a teacher: modules with weights or
+    buffers that no optimiser holds."""
     own = {id(module) for module in training.model.modules()}
+    held = {id(p) for optimizer in training.optimizers for group in optimizer.param_groups for p in group["params"]}
     try:
         names = inspect.getclosurevars(inspect.unwrap(training.step))
     except TypeError:  # an object that can be called, or a partial
         return []
-    return [
-        f"{name} ({type(value).__name__})"
-        for name, value in {**names.globals, **names.nonlocals}.items()
-        if isinstance(value, nn.Module) and id(value) not in own and value.state_dict() and not _around(value, own)
-    ]
-
-
-def _around(module: nn.Module, own: set[int]) -> bool:
-    """Whether a module is a wrapper of the model, such as DistributedDataParallel."""
-    return any(id(child) in own for child in module.modules())
+    found = []
+    for name, value in {**names.globals, **names.nonlocals}.items():
+        if isinstance(value, nn.Module) and own.isdisjoint(map(id, value.modules())):
+            stored = held.issuperset(map(id, (*value.parameters(), *value.buffers())))
+            found += [] if stored else [f"{name} ({type(value).__name__})"]
+    return found
 
 
 def _attributes(model: nn.Module, start: State) -> dict[str, dict[str, Any]]:
