@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from bifusion_diag.probes.base import ROOT
 from bifusion_diag.replay.backward_trace import BackwardTrace, first_backward_jump
 from bifusion_diag.replay.facts import GRAPH, SPIKES, UPDATE, Facts, common_part, owner
-from bifusion_diag.replay.forward_trace import ForwardTrace, Jump, first_forward_jump
+from bifusion_diag.replay.forward_trace import NEAR, ForwardTrace, Jump, first_forward_jump
 from bifusion_diag.replay.frames import told
 from bifusion_diag.replay.incident import Cause, Direction, SampleShare
 from bifusion_diag.replay.vitals import FROZEN, NO_GRADIENT, ZERO
@@ -67,6 +67,8 @@ def _nonfinite(facts: Facts) -> Cause | None:
     forward = facts.forward
     if forward is not None:
         cause = forward.cause()
+        if facts.kind == "nonfinite-buffers" and facts.again is not None and facts.again.bad_at_start:
+            return _of_parameters(facts.again.bad_at_start)
         if cause is None and facts.kind == "nonfinite-buffers" and forward.bad_module is not None:
             cause = Cause(forward.bad_module.name, "forward")
         if cause is None or facts.kind == "nonfinite-input":
@@ -97,15 +99,13 @@ def _bad_input(facts: Facts) -> Cause | None:
 
 def _of_input(facts: Facts, cause: Cause | None) -> tuple[SampleShare, ...]:
     """The sample whose input is bad, where running the samples apart did not show it."""
-    if cause is None or cause.direction != "data" or facts.healthy_too:
+    if cause is None or cause.direction != "data" or facts.healthy_too or facts.samples is not None:
         return ()
     given = facts.vitals.inputs.get(cause.parameter or "")
     if given is None or given.sample is None:
         return ()
     why = f"{given.bad} values of {cause.parameter} are not finite" if given.bad else f"it holds {given.absmax:.4g}"
-    rows = facts.samples.rows if facts.samples is not None else ()
-    row: dict[str, Any] = next((row for row in rows if row.get("sample") == given.sample), {})
-    return (SampleShare(given.sample, row.get("name"), why, tuple(row.get("notes", ()))),)
+    return (SampleShare(given.sample, None, why),)
 
 
 # --- far too large ---------------------------------------------------------------------------------------------------
@@ -141,7 +141,10 @@ def _at_fault_is_the_code(facts: Facts, terms: tuple[str, ...]) -> Choice:
         hook = facts.hook
         parameter = hook.owner if hook.parameter else None
         module = owner(hook.owner) if hook.parameter else hook.owner
-        return Choice(Cause(module, _direction(facts, hook.direction), source=hook.source, parameter=parameter), terms)
+        direction = _direction(facts)
+        inside = _largest_gain(facts, module) if direction in ("forward", "backward") else None
+        op = inside.cause.op if inside is not None and inside.cause.direction == direction else None
+        return Choice(Cause(module, direction, op, hook.source, parameter), terms, (), inside if op else None)
     if changed := changed_outside(facts):
         return Choice(Cause(common_part(changed), "update"), terms)
     if facts.moments or facts.rates:
@@ -154,10 +157,16 @@ def _at_fault_is_the_code(facts: Facts, terms: tuple[str, ...]) -> Choice:
     return Choice(_of_trigger(facts), terms)
 
 
-def _direction(facts: Facts, direction: str) -> Direction:
-    if direction == "forward":
-        return "loss" if facts.hook is not None and facts.hook.in_loss else "forward"
-    return "backward" if direction == "backward" else "after backward"
+def _direction(facts: Facts) -> Direction:
+    """In which part of the step the guilty hook does its harm: a forward hook that leaves the losses as they are has
+    hung something into the backward."""
+    hook, again = facts.hook, facts.again
+    assert hook is not None
+    if hook.direction != "forward":
+        return "backward" if hook.direction == "backward" else "after backward"
+    if again is not None and facts.hookless is not None and again.terms == facts.hookless.terms:
+        return "backward"
+    return "loss" if hook.in_loss else "forward"
 
 
 def outlier(facts: Facts) -> Cause | None:
@@ -186,11 +195,14 @@ def _backward_jump(facts: Facts) -> Jump | None:
     return first_backward_jump(facts.backward, facts.healthy_backward)
 
 
-def _largest_gain(facts: Facts) -> Jump | None:
-    """With no healthy run to compare with: the operation that multiplies most by itself."""
+def _largest_gain(facts: Facts, module: str | None = None) -> Jump | None:
+    """With no healthy run to compare with: the operation that multiplies most by itself, of one module or of all."""
     found = [*_gains_of_ops(facts.forward), *_gains_of_nodes(facts.backward)]
+    if module is not None:
+        found = [jump for jump in found if jump.cause.module == module]
     large = [jump for jump in found if jump.ratio >= GAIN and math.isfinite(jump.ratio)]
-    return max(large, key=lambda jump: jump.ratio, default=None)
+    largest = max((jump.ratio for jump in large), default=0.0)
+    return next((jump for jump in large if jump.ratio >= largest / NEAR), None)
 
 
 def _gains_of_ops(trace: ForwardTrace | None) -> Iterable[Jump]:
@@ -263,7 +275,7 @@ def _graph(facts: Facts) -> Cause:
     part = common_part(modules) if modules else trigger.module
     if end is None:
         return Cause(part, "graph", parameter=trigger.parameter)
-    return Cause(end.module or part, "graph", end.op, end.source, trigger.parameter)
+    return Cause(end.module or part, end.direction, end.op, end.source, end.parameter)
 
 
 def _raised(facts: Facts) -> Cause | None:

@@ -21,12 +21,12 @@ from bifusion_diag.replay.incident import Incident, Reproduction
 from bifusion_diag.replay.mechanisms import MECHANISMS
 from bifusion_diag.replay.notes import StepNotes
 from bifusion_diag.replay.optimizer_state import bad_moments, rate_changes
-from bifusion_diag.replay.passes import Pass, run_pass
+from bifusion_diag.replay.passes import run_pass
 from bifusion_diag.replay.recognise import Verdict, recognise
 from bifusion_diag.replay.samples import Names, Split, sample_shares
 from bifusion_diag.replay.step import Fingerprint, Training
 from bifusion_diag.replay.terms import attribute_term, term_gradients
-from bifusion_diag.replay.user_hooks import UserHook, user_hooks, without
+from bifusion_diag.replay.user_hooks import user_hooks, without
 from bifusion_diag.replay.vitals import Vitals
 
 STEP_TIMES = 24.0  # after so many nothing more is begun
@@ -166,14 +166,14 @@ class _Diagnosis:
             contrast = self.contrast
             facts.healthy = self._take("the last healthy batch", lambda: run_pass(self.training, contrast))
         if facts.kind in UPDATE or facts.healthy_too or facts.kind == "alpha-collapse":
-            usual = (facts.again or facts.healthy or Pass()).norms
+            usual = facts.history.get("norms", {})
             facts.moments = self._take("the optimisers' states", lambda: bad_moments(self.training, usual)) or []
             facts.rates = rate_changes(facts.vitals.rates, facts.history.get("rates", {}))
         if not numeric and not (facts.kind == "altered-gradient" and bad_gradients):
             return
         facts.forward = self._take("the forward", lambda: trace_forward(self.training, self.notes))
         if facts.kind in SPIKES and facts.healthy_too is not False:
-            facts.hook = self._guilty_hook()
+            self._guilty_hook()
         self._terms()
         loss_is_bad = facts.forward is not None and (facts.forward.bad_total or bool(facts.forward.bad_terms))
         if facts.kind in SPIKES or (bad_gradients and not loss_is_bad):
@@ -238,14 +238,14 @@ class _Diagnosis:
                 "where the gradient ends", lambda: where_gradient_ends(self.training, self.notes, module)
             )
 
-    def _guilty_hook(self) -> UserHook | None:
-        """The first of the user's hooks without which the step is as usual."""
+    def _guilty_hook(self) -> None:
+        """Find the first of the user's hooks without which the step is as usual."""
         for hook in user_hooks(self.training)[:MAX_HOOKS]:
             with without(hook):
                 found = self._take(f"the step without {hook.source}", lambda: run_pass(self.training, self.notes))
             if found is not None and found.error is None and not shows(found, self.facts):
-                return hook
-        return None
+                self.facts.hook, self.facts.hookless = hook, found
+                return
 
     def _take(self, what: str, measure: Callable[[], T]) -> T | None:
         """A measurement, or None and a line that says why there is none."""
@@ -270,8 +270,7 @@ def _evidence(facts: Facts, choice: Choice, verdict: Verdict) -> dict[str, Any]:
         found["no sample is named"] = facts.samples.reason
     if facts.healthy_too is not None:
         found["the last healthy batch with these weights"] = "is bad too" if facts.healthy_too else "is healthy"
-    sights = {census.SIGHTS[what]: sight.text for what, sight in list(facts.census.items())[:SIGHTS]}
-    found |= {what: text for what, text in sights.items() if text not in found.values()}
+    found |= dict(list(census.evidence(facts.census, facts.healthy_census).items())[:SIGHTS])
     if facts.vitals.local_norm is not None:
         found["local gradient norm"] = facts.vitals.local_norm
     if facts.unmeasured:

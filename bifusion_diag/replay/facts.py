@@ -49,6 +49,7 @@ class Facts:
         census: extremes of the forward.
         healthy_census: and of the healthy batch.
         hook: without which the step is healthy.
+        hookless: the step without it.
         moments: of the optimisers that no gradients can have left.
         rates: learning rates that have jumped.
         gradient_end: why a module that runs gets no gradient.
@@ -73,6 +74,7 @@ class Facts:
     census: Mapping[str, Sight] = field(default_factory=dict)
     healthy_census: Mapping[str, Sight] = field(default_factory=dict)
     hook: UserHook | None = None
+    hookless: Pass | None = None
     moments: list[BadMoment] = field(default_factory=list)
     rates: list[RateChange] = field(default_factory=list)
     gradient_end: Cause | None = None

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bifusion_diag.probes.base import ROOT
 from bifusion_diag.probes.norms import norm_of
 from bifusion_diag.probes.ranks import local_part
 from bifusion_diag.replay.step import Training
 
 SLACK = 2.0  # over bounds that hold exactly in real numbers: rounding of low-precision states
-FAR = 100.0  # times what is usual of the other parameters, or of the gradients
+FAR = 10.0  # times what the usual gradients allow: single steps may be far above the usual
 SMALL = 1e-15  # below it a squared gradient is no normal float32 number
 
 
@@ -40,19 +41,18 @@ class RateChange(NamedTuple):
 
 
 def bad_moments(training: Training, norms: Mapping[str, float]) -> list[BadMoment]:
-    """Entries of the optimisers' states that no gradients can have left: NaN, a negative mean square, a mean that is
-    larger than its mean square allows, or a scale far from all others'.
+    """Entries of the optimisers' states that no gradients can have left: NaN, a negative mean square, or a mean that is
+    larger than its mean square or the gradients allow.
 
     With decay rates b1 and b2 and any gradients, |exp_avg| ≤ (1-b1) / sqrt((1-b2)(1-b1²/b2)) · sqrt(exp_avg_sq), by
     the Cauchy-Schwarz inequality; a momentum buffer is at most the largest gradient / (1 - momentum).
 
     Args:
         training: what runs.
-        norms: usual gradient norm by parameter, as far as it is known.
+        norms: usual gradient norm by module, as far as it is known.
     """
     names = {id(parameter): name for name, parameter in training.parameters().items()}
     found: list[BadMoment] = []
-    scales: dict[str, float] = {}
     for parameter, group, state in _states(training):
         name = names.get(id(parameter), "?")
         tensors = {key: local_part(x) for key, x in state.items() if isinstance(x, Tensor) and x.is_floating_point()}
@@ -68,15 +68,12 @@ def bad_moments(training: Training, norms: Mapping[str, float]) -> list[BadMomen
                 found.append(BadMoment(name, "exp_avg_sq", f"a mean square of {float(square.min()):.3g}"))
             elif (excess := _excess(mean, square, group.get("betas", (0.9, 0.999)))) > SLACK:
                 found.append(BadMoment(name, "exp_avg", f"{excess:.3g} times what exp_avg_sq allows of any gradients"))
-            elif norms.get(name):
-                scales[name] = math.sqrt(max(float(square.double().sum()), 0.0)) / norms[name]
-        momentum = tensors.get("momentum_buffer")
-        if momentum is not None and norms.get(name):
-            most = SLACK * norms[name] / (1 - min(float(group.get("momentum", 0.9)), 0.999))
+        momentum, usual = tensors.get("momentum_buffer"), norms.get(name.rpartition(".")[0] or ROOT)
+        if momentum is not None and usual:
+            most = SLACK * usual / (1 - min(float(group.get("momentum", 0.9)), 0.999))
             size = float(norm_of(momentum))
-            if size > FAR / 10 * most:
+            if size > FAR * most:
                 found.append(BadMoment(name, "momentum_buffer", f"norm {size:.3g}, gradients allow {most:.3g}"))
-    found += _odd_scales(scales)
     return found
 
 
@@ -116,17 +113,3 @@ def _excess(mean: Tensor, square: Tensor, betas: Any) -> float:
     size = mean.abs().float()
     ratio = size / (bound * square.float().sqrt()).clamp_min(SMALL)
     return float(torch.where(size > SMALL, ratio, 0).max()) if ratio.numel() else 0.0
-
-
-def _odd_scales(scales: Mapping[str, float]) -> list[BadMoment]:
-    if len(scales) < 3:
-        return []
-    ordered = sorted(scales.values())
-    usual = ordered[len(ordered) // 2]
-    return [
-        BadMoment(
-            name, "exp_avg_sq", f"its root is {scale:.3g} times the gradient; of the median parameter {usual:.3g}"
-        )
-        for name, scale in scales.items()
-        if scale > FAR * usual
-    ]

@@ -22,7 +22,8 @@ class Pass:
         terms: raw loss terms.
         total: the loss that was differentiated.
         norms: L2 norm of the gradient by parameter; NaN or infinite where an element is.
-        bad_buffers: names of buffers that are NaN or infinite after the forward.
+        bad_buffers: names of buffers that are NaN or infinite after the forward and were not before it.
+        bad_at_start: names of buffers that were when the step began.
         error: that it raised; what was measured before it stands.
         seconds: that it took.
         bits: losses and gradients, to the bit.
@@ -32,6 +33,7 @@ class Pass:
     total: float | None = None
     norms: Mapping[str, float] = field(default_factory=dict)
     bad_buffers: tuple[str, ...] = ()
+    bad_at_start: tuple[str, ...] = ()
     error: Exception | None = None
     seconds: float = 0.0
     bits: Fingerprint | None = None
@@ -77,13 +79,14 @@ def run_pass(training: Training, notes: StepNotes, *, bits: bool = False) -> Pas
             error = raised
         gradients = training.gradients()
         norms = dict(zip(gradients, map(float, norms_of(list(gradients.values()))), strict=True))
-        bad_before = {name for name, buffer in notes.start.buffers.items() if _bad(buffer)}
-        bad = tuple(n for n, b in training.model.named_buffers() if n not in bad_before and _bad(b))
+        before = tuple(name for name, buffer in notes.start.buffers.items() if _bad(buffer))
+        bad = tuple(n for n, b in training.model.named_buffers() if n not in before and _bad(b))
         return Pass(
             terms={} if loss is None else {name: float(term.detach()) for name, term in loss.terms.items()},
             total=None if loss is None or loss.total is None else float(loss.total.detach()),
             norms=norms,
             bad_buffers=bad,
+            bad_at_start=before,
             error=error,
             seconds=time.perf_counter() - began,
             bits=fingerprint(loss, gradients) if bits and error is None else None,

@@ -96,22 +96,20 @@ def _part_does_not_learn(facts: Facts, choice: Choice) -> Verdict | None:
 
 def _update(facts: Facts, choice: Choice) -> Verdict | None:
     """Weights that have moved wrongly, in this update or before this step."""
-    if facts.kind not in UPDATE and not facts.healthy_too:
+    if facts.kind not in UPDATE and not (facts.healthy_too and facts.kind in SPIKES and facts.hook is None):
         return None
     ratios = {t.module: t.value for t in facts.plain.triggers if t.kind == "update-jump" and t.module}
     far = {f"update / weights of {module}": value for module, value in list(ratios.items())[:3]}
+    outside = changed_outside(facts)
+    if outside and not facts.updated:
+        by = facts.vitals.outside[outside[0]]
+        text = f"since the last update the weights of {_list(outside)} have changed by {by:.3g} of their norm"
+        return _verdict("weights-changed-outside", text, {"changed outside an update": text} | far)
     if facts.moments:
         first, more = facts.moments[0], len(facts.moments) - 1
         rest = f", and of {more} more" if more else ""
         text = f"{first.state} of {first.parameter}{rest}: {first.why}"
         return _verdict("corrupt-optimizer-state", text, {"bad state": text} | far)
-    if facts.hook is not None and facts.kind not in UPDATE:
-        return None
-    outside = changed_outside(facts)
-    if outside and facts.kind != "nonfinite-weights":
-        by = facts.vitals.outside[outside[0]]
-        text = f"since the last update the weights of {_list(outside)} have changed by {by:.3g} of their norm"
-        return _verdict("weights-changed-outside", text, {"changed outside an update": text} | far)
     if facts.rates:
         change = facts.rates[0]
         text = f"the learning rate of group {change.group} is {change.now:.3g}, it was {change.before:.3g}"
@@ -205,6 +203,8 @@ def _not_finite(facts: Facts, choice: Choice) -> Verdict | None:
         clipped = _clipped(facts)
         more = f"{_sentence(text)} {clipped.explanation}"
         return Verdict(clipped.mechanism, more, numbers | clipped.evidence)
+    if mechanism in VAGUE and facts.kind == "nonfinite-buffers":
+        mechanism = "poisoned-buffers"
     harmless = mechanism == "empty-selection" and _gradients_are_good(facts)
     if harmless:
         text += "; every gradient is finite"
@@ -255,7 +255,7 @@ def mechanism_of(origin: Origin | None, op: str | None, facts: Facts) -> str:
         "empty mean" in facts.census and name.startswith(("mean", "div"))
     ):
         return "empty-selection"
-    if (origin is not None and origin.in_hook) or (op and op.endswith("Backward") and not re.search(r"\d$", op)):
+    if (origin is not None and origin.in_hook) or _is_custom(op):
         return "gradient-scaled" if op and "." in op else "custom-function"
     if name.startswith(("mean", "var", "std", "median")) and name.find("backward") < 0:
         return "empty-selection"
@@ -271,6 +271,8 @@ def mechanism_of(origin: Origin | None, op: str | None, facts: Facts) -> str:
             return mechanism
     if "tiny norm" in facts.census and facts.census["tiny norm"].value < TINY:
         return "normalise-near-zero"
+    if origin is not None and origin.direction == "loss":
+        return "loss-term-jump"
     return "module-output-jump" if not backward else "gradient-scaled"
 
 
@@ -291,14 +293,15 @@ def _overflowed(facts: Facts, choice: Choice) -> Verdict | None:
 
 
 def _hooked(facts: Facts, choice: Choice) -> Verdict | None:
-    hook = facts.hook
-    if hook is None:
+    hook, cause = facts.hook, choice.cause
+    if hook is None or cause is None:
         return None
     what = "a patched forward" if hook.key is None else f"a {hook.direction} hook"
     text = f"{what} on {hook.owner} ({hook.source}): without it the step is as usual"
-    names = {"forward": "module-output-jump", "backward": "gradient-scaled", "after backward": "gradient-scaled"}
-    mechanism = "loss-term-jump" if hook.in_loss and hook.direction == "forward" else names[hook.direction]
-    return _verdict(mechanism, text, {"the step is as usual without": f"{hook.owner}: {hook.source}"})
+    mechanism = {"forward": "module-output-jump", "loss": "loss-term-jump"}.get(cause.direction, "gradient-scaled")
+    if mechanism == "gradient-scaled" and _is_custom(cause.op):
+        mechanism = "custom-function"
+    return _verdict(mechanism, text, {"the step is as usual without": f"{hook.owner}: {hook.source}"} | _jump(choice))
 
 
 def _few_rows(facts: Facts, choice: Choice) -> Verdict | None:
@@ -322,7 +325,7 @@ def _few_rows(facts: Facts, choice: Choice) -> Verdict | None:
 
 def _tiny_norm(facts: Facts, choice: Choice) -> Verdict | None:
     sight = facts.census.get("tiny norm")
-    if facts.kind not in SPIKES or sight is None or sight.value > TINY or not _unusual(facts, "tiny norm"):
+    if facts.kind not in SPIKES or sight is None or sight.value > TINY or not _fits(facts, choice, "tiny norm"):
         return None
     gain = 1 / max(sight.value, 1e-12)
     text = f"a vector of norm {sight.value:.3g} was normalised in {sight.module or 'the loss'}: a gain of {gain:.3g}"
@@ -331,10 +334,17 @@ def _tiny_norm(facts: Facts, choice: Choice) -> Verdict | None:
 
 def _small_divisor(facts: Facts, choice: Choice) -> Verdict | None:
     sight = facts.census.get("denominator")
-    if facts.kind not in SPIKES or sight is None or sight.value > SMALL or not _unusual(facts, "denominator"):
+    if facts.kind not in SPIKES or sight is None or sight.value > SMALL or not _fits(facts, choice, "denominator"):
         return None
     text = f"the smallest divisor is {sight.value:.3g}, in {sight.module or 'the loss'}"
     return _verdict("division-by-zero", text, {"smallest divisor": sight.text} | _jump(choice))
+
+
+def _fits(facts: Facts, choice: Choice, what: str) -> bool:
+    """Whether an extreme is new in this step; where even the healthy batch is bad, whether it is where it began."""
+    if facts.healthy_too:
+        return choice.cause is not None and facts.census[what].module == choice.cause.module
+    return _unusual(facts, what)
 
 
 def _unusual(facts: Facts, *whats: str) -> bool:
@@ -389,8 +399,15 @@ def _jumped(facts: Facts, choice: Choice) -> Verdict | None:
     text = f"the {what} of {op}{cause.module or 'the loss'}{source} is {jump.value:.4g}, {jump.before:.4g} otherwise"
     if cause.direction == "forward":
         return _verdict("module-output-jump", text, _jump(choice))
-    custom = bool(cause.op and cause.op.endswith("Backward"))
-    return _verdict("custom-function" if custom else "gradient-scaled", text, _jump(choice))
+    return _verdict("custom-function" if _is_custom(cause.op) else "gradient-scaled", text, _jump(choice))
+
+
+def _is_custom(op: str | None) -> bool:
+    """Whether an autograd node is of a Function that was written by hand: PyTorch's own are numbered."""
+    return bool(op and op.endswith("Backward")) and op not in (
+        "BackwardHookFunctionBackward",
+        "CheckpointFunctionBackward",
+    )
 
 
 RECOGNISERS: tuple[Recogniser, ...] = (
@@ -403,9 +420,9 @@ RECOGNISERS: tuple[Recogniser, ...] = (
     _overflowed,
     _few_rows,
     _not_finite,
-    _hooked,
     _tiny_norm,
     _small_divisor,
+    _hooked,
     _data,
     _jumped,
 )
@@ -425,7 +442,9 @@ def _jump(choice: Choice) -> dict[str, Any]:
 
 
 def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:].rstrip(".") + "."
+    """Begun with a capital, unless with a name, and ended with a full stop."""
+    first = text.split(" ", 1)[0]
+    return (text[:1].upper() + text[1:] if first.isalpha() and len(first) > 1 else text).rstrip(".") + "."
 
 
 def _list(names: Sequence[str]) -> str:
