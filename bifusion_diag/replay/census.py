@@ -42,7 +42,7 @@ KINDS: dict[str, Kind] = {
     "denominator": Kind("smallest absolute value that was divided by", False, 1e-6),
     "log": Kind("smallest argument of a logarithm", False, 1e-12),
     "sqrt": Kind("smallest argument of a square root", False, 1e-12),
-    "power": Kind("smallest base of a power below 1", False, 1e-12),
+    "power": Kind("smallest base of a power below 1", False, 1e-8),
     "arc": Kind("largest argument of acos, asin or atanh", True, 1 - 1e-6),
     "exp": Kind("largest argument of an exponential", True, 80.0),
     "batch norm rows": Kind("fewest values a channel that BatchNorm took statistics of", False, 16),
@@ -92,9 +92,9 @@ def take_census(training: Training, notes: StepNotes) -> dict[str, Sight]:
     of :data:`KINDS`. Where the step raises, what came before it."""
     calls = Calls(training.model, nullcontext, measured=False)
     watch = _Watch(calls)
-    with notes.again() as batch, eagerly(training.model), calls.watching():
-        with suppress(Exception), watch:  # the trace tells what was raised: here is what was seen until then
-            training.loss(batch)
+    # The trace tells what was raised, if anything: here is what was seen until then.
+    with notes.again() as batch, eagerly(training.model), calls.watching(), suppress(Exception), watch:
+        training.loss(batch)
     order = list(KINDS)
     found = sorted(watch.found.values(), key=lambda sight: (not sight.alarming, order.index(sight.what)))
     return {sight.what: sight for sight in found}
