@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -70,23 +71,26 @@ class Change:
         )
 
 
-@dataclass
-class Course:
+class Course(ABC):
     """A training in the state that the bad step began with, and how its loop goes on. Steps are counted from the bad
     one, which is 0.
 
     Attributes:
         training: what runs.
-        batch: of a step.
-        yardstick: the loss and its raw terms after the last step, see the module's docstring; None where it is not
-            finite. It may change random numbers and buffers.
     """
 
     training: Training
-    batch: Callable[[int], Any]
-    yardstick: Callable[[], tuple[float | None, dict[str, float]]]
 
-    def enter(self, ahead: int) -> None:
+    @abstractmethod
+    def batch(self, ahead: int) -> Any:
+        """The batch of a step."""
+
+    @abstractmethod
+    def yardstick(self) -> tuple[float | None, dict[str, float]]:
+        """The loss and its raw terms after the last step, see the module's docstring; None where it is not finite. It
+        may change random numbers and buffers."""
+
+    def enter(self, ahead: int) -> None:  # noqa: B027 - a loop need not do anything
         """Put stages, schedules and learning rates where they are in a step."""
 
     def run(self, ahead: int, batch: Any) -> LossTerms:
@@ -95,7 +99,7 @@ class Course:
         self.training.backward(loss)
         return loss
 
-    def before_update(self, ahead: int) -> None:
+    def before_update(self, ahead: int) -> None:  # noqa: B027
         """What the loop does between backward and update, such as clipping."""
 
 
@@ -191,10 +195,9 @@ def follow(course: Course, change: Change, steps: int = STEPS, previous: Sequenc
             if isinstance(module, _BatchNorm):
                 module.eval()
     for ahead in range(steps + 1):
-        course.enter(ahead)
-        batch = course.batch(ahead)
         try:
-            done.append(_step(course, action, ahead, batch))
+            course.enter(ahead)
+            done.append(_step(course, action, ahead, course.batch(ahead)))
         except Exception as raised:
             error = f"step {ahead} after the incident: {type(raised).__name__}: {raised}"
             break
