@@ -17,12 +17,12 @@ from bifusion_diag.probes.base import ROOT
 from bifusion_diag.probes.loss_terms import LossTerms
 from bifusion_diag.probes.norms import norm_of
 from bifusion_diag.probes.outputs import distinct_tensors
-from bifusion_diag.replay.calls import Calls, eagerly, tensor_range
+from bifusion_diag.replay.calls import Calls, eagerly, range_of, tensor_range
 from bifusion_diag.replay.forward_trace import NEAR, Jump, is_loss
 from bifusion_diag.replay.frames import Line, line_of, line_of_error, told
 from bifusion_diag.replay.incident import Cause, ModuleTrace
 from bifusion_diag.replay.notes import StepNotes
-from bifusion_diag.replay.origin import OpWatch, Origin, leaves_of, node_name
+from bifusion_diag.replay.origin import OpWatch, Origin, inputs_of, leaves_of, node_name
 from bifusion_diag.replay.step import Training
 
 
@@ -121,8 +121,9 @@ def trace_backward(training: Training, notes: StepNotes, terms: Sequence[str] | 
         terms: the backward is that of these loss terms alone, with their weights. None: of the total.
     """
     with notes.again() as batch, ExitStack() as stack:
-        leaves, suspects = leaves_of(training.model, batch)
-        watch = OpWatch(lambda: calls.current, leaves, suspects=suspects)
+        inputs = inputs_of(batch)
+        suspects = [name for name, tensors in inputs.items() if range_of(tensors)[1]]
+        watch = OpWatch(lambda: calls.current, leaves_of(training.model, inputs), suspects=suspects)
         arrived: dict[int, tuple[float, int]] = {}  # call → sum of squares and bad values of its outputs' gradients
         watch.until = sys._getframe()
 

@@ -16,6 +16,8 @@ from bifusion_diag.probes.outputs import numbers, raw_tensors
 from bifusion_diag.replay.frames import line_of, told
 from bifusion_diag.replay.incident import ModuleTrace
 
+LARGER = 4.0  # times: what a hook must have done to an output to be told
+
 Range = tuple[float | None, int]  # largest absolute value that is finite, NaN and infinite values
 
 
@@ -42,9 +44,9 @@ class Calls:
         self.stack: list[int] = []  # calls that have begun and not ended
         self.calls: list[ModuleTrace] = []  # as they ended: inner ones before outer ones
         self.modules: list[nn.Module] = []  # of the calls
-        self.hooks: dict[int, tuple[float, str]] = {}  # call → how many times larger the user's hooks made its output
+        self.hooks: dict[int, str] = {}  # call → the user's hook that made its output bad or several times larger
         self._inputs: list[Range] = []
-        self._bare: dict[nn.Module, float | None] = {}  # output before the user's hooks
+        self._bare: dict[nn.Module, Range] = {}  # of the output before the user's hooks
         self._quiet, self._measured, self._ended = quiet, measured, ended
 
     @property
@@ -77,7 +79,7 @@ class Calls:
         return began
 
     def _before_hooks(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._bare[module] = self._range(output)[0]
+        self._bare[module] = self._range(output)
 
     def _ends(self, name: str, users: Sequence[Callable[..., Any]]) -> Callable[..., None]:
         def ends(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -88,9 +90,9 @@ class Calls:
             index = len(self.calls)
             self.calls.append(ModuleTrace(name, type(module).__name__, absmax, bad, out, out_bad))
             self.modules.append(module)
-            bare = self._bare.pop(module, None)
-            if bare and out is not None:
-                self.hooks[index] = (out / bare, next((text for hook in users if (text := told(line_of(hook)))), ""))
+            before, before_bad = self._bare.pop(module, (None, 0))
+            if users and (out_bad > before_bad or (out and before and out > LARGER * before)):
+                self.hooks[index] = next((text for hook in users if (text := told(line_of(hook)))), "")
             if self._ended is not None:
                 self._ended(index, output)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -15,10 +15,12 @@ from bifusion_diag.replay.calls import Calls, eagerly, range_of
 from bifusion_diag.replay.frames import line_of, line_of_error, told
 from bifusion_diag.replay.incident import Cause, ModuleTrace
 from bifusion_diag.replay.notes import StepNotes
-from bifusion_diag.replay.origin import Op, OpWatch, Origin, batch_leaves, leaves_of
+from bifusion_diag.replay.origin import Op, OpWatch, Origin, inputs_of, leaves_of
 from bifusion_diag.replay.step import Training
 
 NEAR = 4.0  # of two jumps that are as large as this apart, the earlier is the cause
+#: What these return is at most 1: they may jump, and nothing explodes in them.
+BOUNDED = ("_softmax", "_safe_softmax", "sigmoid", "tanh", "hardsigmoid", "erf", "sin", "cos")
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class ForwardTrace:
         total: what is differentiated.
         origins: by term, "(total)" included: where its bad values began, the first first. Only bad terms are there.
         definitions: module → where its forward is defined, of modules whose output is bad.
-        hooked: index of a call → how many times larger users' hooks made its output, and where the hook is defined.
+        hooked: index of a call → where a hook of the user's is defined, of those that made its output bad or several
+            times larger.
         raised: where the step raised an error, and which.
     """
 
@@ -44,7 +47,7 @@ class ForwardTrace:
     total: float | None = None
     origins: Mapping[str, tuple[Origin, ...]] = field(default_factory=dict)
     definitions: Mapping[str, str] = field(default_factory=dict)
-    hooked: Mapping[int, tuple[float, str]] = field(default_factory=dict)
+    hooked: Mapping[int, str] = field(default_factory=dict)
     raised: Cause | None = None
 
     @property
@@ -55,7 +58,10 @@ class ForwardTrace:
     @property
     def bad_module(self) -> ModuleTrace | None:
         """The first call whose inputs are finite and whose output is not."""
-        return next((call for call in self.modules if call.output_bad and not call.input_bad), None)
+        return next((self.modules[index] for index in self._bad_calls()), None)
+
+    def _bad_calls(self) -> Iterator[int]:
+        return (index for index, call in enumerate(self.modules) if call.output_bad and not call.input_bad)
 
     def origin(self, term: str | None = None) -> Origin | None:
         """Where the bad values of a term began; None: of the first bad term, or else of the total."""
@@ -71,9 +77,9 @@ class ForwardTrace:
             return origin.cause
         if (term is None and not self.bad_terms and not self.bad_total) or (term and term not in self.bad_terms):
             return None
-        call = self.bad_module
-        if call is not None:
-            return Cause(call.name, "forward", None, self.definitions.get(call.name))
+        for index in self._bad_calls():
+            name = self.modules[index].name
+            return Cause(name, "forward", None, self.hooked.get(index) or self.definitions.get(name))
         return origin.cause if origin is not None else None
 
     @property
@@ -108,9 +114,10 @@ class Jump(NamedTuple):
 def trace_forward(training: Training, notes: StepNotes) -> ForwardTrace:
     """Run a step's forward and loss once more and watch it. Changes nothing."""
     with notes.again() as batch:
-        leaves, suspects = leaves_of(training.model, batch)
-        inputs = {path: range_of(value) for path, value in batch_leaves(batch) if hasattr(value, "dtype")}
-        watch = OpWatch(lambda: calls.current, leaves, ranges=True, suspects=suspects)
+        inputs = inputs_of(batch)
+        ranges = {name: range_of(tensors) for name, tensors in inputs.items()}
+        suspects = [name for name, (_, bad) in ranges.items() if bad]
+        watch = OpWatch(lambda: calls.current, leaves_of(training.model, inputs), ranges=True, suspects=suspects)
         watch.until = sys._getframe()
         calls = Calls(training.model, watch.quiet)
         watch.is_loss = lambda name: name is None or is_loss(calls, name)
@@ -137,7 +144,7 @@ def trace_forward(training: Training, notes: StepNotes) -> ForwardTrace:
                 if not math.isfinite(float(value.detach())):
                     found[name] = tuple(watch.origins_of(value))
         return ForwardTrace(
-            tuple(calls.calls), tuple(watch.ops), inputs, terms, total, found, definitions, dict(calls.hooks), raised
+            tuple(calls.calls), tuple(watch.ops), ranges, terms, total, found, definitions, dict(calls.hooks), raised
         )
 
 
@@ -164,6 +171,8 @@ def _jumps_of_ops(trace: ForwardTrace, contrast: ForwardTrace) -> list[Jump]:
     jumps = []
     for place, op in _by_place(trace.ops).items():
         then = before.get(place)
+        if op.op.removeprefix("aten.") in BOUNDED:
+            continue
         if then is None:
             then = op._replace(output_absmax=op.input_absmax)  # it was not there: it should have changed nothing
         if op.output_absmax and then.output_absmax and op.input_absmax and then.input_absmax:
@@ -199,9 +208,8 @@ def _jumps_of_calls(trace: ForwardTrace, contrast: ForwardTrace) -> list[Jump]:
         if then is None or not (call.output_absmax and then.output_absmax):
             continue
         given = (call.input_absmax or 0.0) / then.input_absmax if then.input_absmax else 1.0
-        source = trace.hooked[index][1] if trace.hooked.get(index, (0.0, ""))[0] > NEAR else None
         ratio = call.output_absmax / then.output_absmax
-        cause = Cause(call.name, "forward", source=source or None)
+        cause = Cause(call.name, "forward", source=trace.hooked.get(index))
         jumps.append(Jump(cause, call.output_absmax, then.output_absmax, ratio, given))
     return jumps
 

@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bifusion_diag.probes.base import ROOT
+from bifusion_diag.probes.data import fields_of
 from bifusion_diag.probes.outputs import numbers
+from bifusion_diag.replay.batches import tensors_of
 from bifusion_diag.replay.calls import named_modules, tensor_range
 from bifusion_diag.replay.frames import Line, hooked_module, told, user_line
 from bifusion_diag.replay.incident import Cause, Direction
@@ -94,8 +96,6 @@ class Op(NamedTuple):
     line: Line | None
     input_absmax: float | None
     output_absmax: float | None
-    sequence: int  # of autograd when it ran: its node has one less
-    arguments: tuple[str, ...] = ()  # names of parameters, buffers and inputs among its inputs
 
 
 class Leaf(NamedTuple):
@@ -121,7 +121,8 @@ class OpWatch(TorchDispatchMode):
         calls: says in which module an operation runs.
         leaves: what is there before the step, by storage.
         ranges: whether to keep the ranges of all operations.
-        suspects: names of inputs of the batch that are bad and hold no tensor: what is made of them is not seen.
+        suspects: names of the batch's inputs that are bad: bad values that come from nowhere may be theirs, as those
+            of an array that the step makes a tensor of.
     """
 
     def __init__(
@@ -203,10 +204,8 @@ class OpWatch(TorchDispatchMode):
         ranges = [tensor_range(t) for t in outputs]
         if self._ranges and place.node is None and outputs:
             finite = [largest for largest, _ in ranges if largest is not None]
-            known = (self._leaves.get(storage_of(t)) for t in inputs)
-            names = tuple(leaf.name for leaf in known if leaf is not None)
             largest = max(finite, default=None)
-            self.ops.append(Op(_op_name(func), place.module, place.line, absmax, largest, number + 1, names))
+            self.ops.append(Op(_op_name(func), place.module, place.line, absmax, largest))
         bad = [t for t, (_, count) in zip(outputs, ranges, strict=True) if count]
         if not bad:
             return
@@ -293,47 +292,30 @@ class OpWatch(TorchDispatchMode):
         return max((largest for largest in found if largest is not None), default=None)
 
 
-def leaves_of(model: nn.Module, batch: Any) -> tuple[dict[int, Leaf], list[str]]:
-    """What is there before the step, by storage; and names of inputs that are bad and no tensors."""
-    leaves: dict[int, Leaf] = {}
-    suspects: list[str] = []
-    for path, value in batch_leaves(batch):
-        if isinstance(value, Tensor):
-            leaves[storage_of(value)] = Leaf(path, None, "input")
-        elif np.issubdtype(np.asarray(value).dtype, np.floating) and not np.isfinite(value).all():
-            suspects.append(path)
+def leaves_of(model: nn.Module, inputs: Mapping[str, Sequence[Tensor]]) -> dict[int, Leaf]:
+    """What is there before the step, by storage. ``inputs``: of the batch, by name."""
+    leaves = {storage_of(tensor): Leaf(name, None, "input") for name, tensors in inputs.items() for tensor in tensors}
     for module_name, module in named_modules(model).items():
-        prefix = "" if module_name == "(root)" else f"{module_name}."
-        for name, attribute in vars(module).items():
-            if isinstance(attribute, Tensor):
-                leaves.setdefault(storage_of(attribute), Leaf(f"{prefix}{name}", module_name, "attribute"))
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                leaves[storage_of(buffer)] = Leaf(f"{prefix}{name}", module_name, "buffer")
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                leaves[storage_of(parameter)] = Leaf(f"{prefix}{name}", module_name, "parameter")
-    return leaves, suspects
+        prefix = "" if module_name == ROOT else f"{module_name}."
+        for kind, held in (
+            ("attribute", vars(module)),
+            ("buffer", module._buffers),
+            ("parameter", module._parameters),
+        ):
+            for name, tensor in held.items():
+                if isinstance(tensor, Tensor):
+                    leaves[storage_of(tensor)] = Leaf(f"{prefix}{name}", module_name, kind)
+    return leaves
 
 
-def batch_leaves(value: Any, path: str = "", depth: int = 8) -> Iterator[tuple[str, Any]]:
-    """Tensors, arrays and floats of a batch with their paths, such as "targets.0.boxes"."""
-    if isinstance(value, (Tensor, np.ndarray, float)):
-        yield path or "batch", value
-        return
-    if depth == 0 or value is None:
-        return
-    items: Any = ()
-    if isinstance(value, Mapping):
-        items = value.items()
-    elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        items = zip(value._fields, value, strict=True)
-    elif isinstance(value, (list, tuple)):
-        items = enumerate(value)
-    elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)):
-        items = vars(value).items()
-    for key, entry in items:
-        yield from batch_leaves(entry, f"{path}.{key}" if path else str(key), depth - 1)
+def inputs_of(batch: Any) -> dict[str, list[Tensor]]:
+    """The tensors of a batch as :class:`~bifusion_diag.replay.vitals.Vitals` names them, and its arrays by path."""
+    found = {name: list(field.tensors) for name, field in fields_of(batch).items()}
+    known = {storage_of(tensor) for tensors in found.values() for tensor in tensors}
+    for path, tensor in tensors_of(batch):
+        if storage_of(tensor) not in known:
+            found.setdefault(path or "batch", []).append(tensor)
+    return found
 
 
 def node_name(node: Any) -> str:
@@ -383,6 +365,8 @@ def _argument(tensor: Tensor) -> Argument:
 
 def storage_of(tensor: Tensor) -> int:
     """What identifies the memory of a tensor as long as it lives."""
+    if tensor.layout == torch.sparse_coo:
+        tensor = tensor._values()
     try:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):  # sparse, functorch's wrappers

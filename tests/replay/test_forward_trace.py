@@ -191,7 +191,7 @@ def test_a_bad_weight_buffer_or_input_is_the_cause_itself() -> None:
     training = Training(model, lambda batch: model(batch["views"][0]["image"].double().float()).sum())
     found = trace_forward(training, StepNotes(model, 0, {"views": [{"image": bad}]})).cause()
     assert found is not None
-    assert (found.module, found.direction, found.parameter) == (None, "data", "views.0.image")
+    assert (found.module, found.direction, found.parameter) == (None, "data", "views.image")
 
 
 def test_a_bad_array_of_the_batch_is_the_cause() -> None:
@@ -226,6 +226,20 @@ def test_a_hook_that_corrupts_is_named_by_its_module_and_line() -> None:
 class Pair(NamedTuple):
     one: Tensor
     other: dict[str, Tensor]
+
+
+def test_a_hook_that_pytorch_does_not_see_is_named_by_its_definition() -> None:
+    model = Net()
+
+    def corrupt(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        output.detach().numpy()[2] = np.nan
+
+    model.middle.linear.register_forward_hook(corrupt)
+    found = trace(model).cause()
+    assert found is not None
+    assert (found.module, found.op) == ("middle.linear", None)
+    assert found.source is not None
+    assert "def corrupt" in found.source
 
 
 def test_named_tuples_dicts_and_sparse_outputs() -> None:
