@@ -15,6 +15,8 @@ from bifusion_diag.replay.incident import Cause, Direction, SampleShare
 from bifusion_diag.replay.vitals import FROZEN, NO_GRADIENT, ZERO
 
 GAIN = 50.0  # of one operation: layers of healthy models stay below it, but for normalisations
+SCALING = ("aten.mul", "aten.div")  # what grows there is not the labels' doing
+JUMPED = 3.0  # times its usual value, from which on a loss term has jumped
 OUTLIER = 3.0  # times the usual largest absolute value of an input
 
 
@@ -126,12 +128,12 @@ def _spike(facts: Facts, terms: tuple[str, ...], samples: tuple[SampleShare, ...
     back = _backward_jump(facts)
     if "loss-spike" not in facts.kinds and "loss-shift" not in facts.kinds and back is not None:
         return Choice(back.cause, terms, (), back)
-    if jump is not None:
+    if jump is not None and (facts.healthy is None or jump.cause.op in SCALING):
         return Choice(jump.cause, terms, (), jump)
-    if back is not None:
+    if back is not None and jump is None:
         return Choice(back.cause, terms, (), back)
-    if facts.healthy is not None and terms and facts.kind in ("loss-spike", "loss-shift"):
-        return Choice(Cause(None, "loss"), terms)
+    if facts.healthy_too is False and terms:  # the code and the weights do well with another batch
+        return Choice(Cause(None, "data"), terms)
     return Choice(_of_trigger(facts), terms)
 
 
@@ -196,13 +198,18 @@ def _backward_jump(facts: Facts) -> Jump | None:
 
 
 def _largest_gain(facts: Facts, module: str | None = None) -> Jump | None:
-    """With no healthy run to compare with: the operation that multiplies most by itself, of one module or of all."""
-    found = [*_gains_of_ops(facts.forward), *_gains_of_nodes(facts.backward)]
-    if module is not None:
-        found = [jump for jump in found if jump.cause.module == module]
-    large = [jump for jump in found if jump.ratio >= GAIN and math.isfinite(jump.ratio)]
-    largest = max((jump.ratio for jump in large), default=0.0)
-    return next((jump for jump in large if jump.ratio >= largest / NEAR), None)
+    """With no healthy run to compare with: the operation that multiplies most by itself, of one module or of all. In
+    the forward where a loss has jumped, else in the backward."""
+    usual = facts.history.get("terms", {})
+    jumped = any(value > JUMPED * usual[name] for name, value in facts.vitals.terms.items() if usual.get(name))
+    ways = [_gains_of_ops(facts.forward), _gains_of_nodes(facts.backward)]
+    for gains in ways if jumped else ways[1:]:
+        found = [jump for jump in gains if module is None or jump.cause.module == module]
+        large = [jump for jump in found if jump.ratio >= GAIN and math.isfinite(jump.ratio)]
+        largest = max((jump.ratio for jump in large), default=0.0)
+        if large:
+            return next(jump for jump in large if jump.ratio >= largest / NEAR)
+    return None
 
 
 def _gains_of_ops(trace: ForwardTrace | None) -> Iterable[Jump]:

@@ -19,6 +19,7 @@ FEW_ROWS = 32  # of BatchNorm: below it a close-up or a blank image leaves chann
 TINY = 1e-4  # norm of a vector that is normalised
 SMALL = 1e-6  # divisor
 VAGUE = ("gradient-scaled", "module-output-jump", UNKNOWN)  # which say where and not why
+TORCH_FUNCTIONS = ("BackwardHookFunctionBackward", "CheckpointFunctionBackward")
 FAR = 10.0  # times smaller than in the healthy step
 
 
@@ -403,11 +404,8 @@ def _jumped(facts: Facts, choice: Choice) -> Verdict | None:
 
 
 def _is_custom(op: str | None) -> bool:
-    """Whether an autograd node is of a Function that was written by hand: PyTorch's own are numbered."""
-    return bool(op and op.endswith("Backward")) and op not in (
-        "BackwardHookFunctionBackward",
-        "CheckpointFunctionBackward",
-    )
+    """Whether an autograd node is of a Function that was written by hand: PyTorch's own are numbered, or these."""
+    return bool(op and op.endswith("Backward")) and op not in TORCH_FUNCTIONS
 
 
 RECOGNISERS: tuple[Recogniser, ...] = (
