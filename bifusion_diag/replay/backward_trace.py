@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,12 +15,12 @@ from bifusion_diag.probes.base import ROOT
 from bifusion_diag.probes.loss_terms import LossTerms
 from bifusion_diag.probes.norms import norm_of
 from bifusion_diag.probes.outputs import distinct_tensors
-from bifusion_diag.replay.calls import Calls, eagerly, range_of, tensor_range
-from bifusion_diag.replay.forward_trace import NEAR, Jump, is_loss
+from bifusion_diag.replay.calls import tensor_range
+from bifusion_diag.replay.forward_trace import NEAR, Jump
 from bifusion_diag.replay.frames import Line, line_of, line_of_error, told
 from bifusion_diag.replay.incident import Cause, ModuleTrace
 from bifusion_diag.replay.notes import StepNotes
-from bifusion_diag.replay.origin import OpWatch, Origin, inputs_of, leaves_of, node_name
+from bifusion_diag.replay.origin import OpWatch, Origin, inputs_of, node_name
 from bifusion_diag.replay.step import Training
 
 
@@ -120,12 +118,8 @@ def trace_backward(training: Training, notes: StepNotes, terms: Sequence[str] | 
         notes: of the step.
         terms: the backward is that of these loss terms alone, with their weights. None: of the total.
     """
-    with notes.again() as batch, ExitStack() as stack:
-        inputs = inputs_of(batch)
-        suspects = [name for name, tensors in inputs.items() if range_of(tensors)[1]]
-        watch = OpWatch(lambda: calls.current, leaves_of(training.model, inputs), suspects=suspects)
-        arrived: dict[int, tuple[float, int]] = {}  # call → sum of squares and bad values of its outputs' gradients
-        watch.until = sys._getframe()
+    with notes.again() as batch, torch.autograd.set_multithreading_enabled(False):
+        arrived: dict[int, tuple[float, int]] = {}  # call → norm and bad values of its outputs' gradients
 
         def ended(index: int, output: Any) -> None:
             module = calls.modules[index]
@@ -133,40 +127,35 @@ def trace_backward(training: Training, notes: StepNotes, terms: Sequence[str] | 
                 watch.made_by.setdefault(torch.autograd._get_sequence_nr(), (calls.calls[index].name, None))
             _listen(watch, arrived, index, output)
 
-        calls = Calls(training.model, watch.quiet, ended=ended)
-        watch.is_loss = lambda name: name is None or is_loss(calls, name)
-        watch.module_names = {id(module): name for name, module in calls.names.items()}
-        graph = _Graph(watch)
+        watch = OpWatch(training.model, inputs_of(batch), ended=ended)
+        calls, graph = watch.calls, _Graph(watch)
         raised: Cause | None = None
-        stack.enter_context(eagerly(training.model))
-        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-        stack.enter_context(calls.watching())
-        stack.enter_context(watch)
         forward = 0
-        try:
-            loss = training.loss(batch)
-            if terms is not None:
-                loss = _only(loss, terms)
-            forward = len(calls.calls)
-            assert loss.total is not None
-            with watch.quiet():
-                graph.hook(loss.total)
-            training.backward(loss)
-        except Exception as error:
-            where = told(line_of_error(error))
-            node = graph.running
-            module, direction = (watch.place(node)[0], "backward") if forward and node else (calls.current, "forward")
-            raised = Cause(module, direction, type(error).__name__, where)  # type: ignore[arg-type]
-        finally:
-            graph.unhook()
-        with watch.quiet():
-            scale = training.scaler.get_scale() if training.scaler is not None else 1.0
-            gradients = {name: float(norm_of(g)) for name, g in training.gradients().items()}
-            origins = {
-                name: tuple(watch.origins_of(g))
-                for name, g in training.gradients().items()
-                if not math.isfinite(gradients[name])
-            }
+        with watch.watching():
+            try:
+                loss = training.loss(batch)
+                if terms is not None:
+                    loss = _only(loss, terms)
+                forward = len(calls.calls)
+                assert loss.total is not None
+                with watch.quiet():
+                    graph.hook(loss.total)
+                training.backward(loss)
+            except Exception as error:
+                where, node = told(line_of_error(error)), graph.running
+                if forward and node is not None:
+                    raised = Cause(watch.place(node)[0], "backward", type(error).__name__, where)
+                else:
+                    raised = Cause(calls.current, "forward", type(error).__name__, where)
+            finally:
+                graph.unhook()
+        scale = training.scaler.get_scale() if training.scaler is not None else 1.0
+        gradients = {name: float(norm_of(g)) for name, g in training.gradients().items()}
+        origins = {
+            name: tuple(watch.origins_of(g))
+            for name, g in training.gradients().items()
+            if not math.isfinite(gradients[name])
+        }
         nodes, accumulated = graph.trace({id(p): name for name, p in training.parameters().items()})
         rows = _rows(calls.calls, forward or len(calls.calls), arrived)
         accumulated = {name: norm / scale for name, norm in accumulated.items()}

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from torch.nn.modules.loss import _Loss
-
 from bifusion_diag.probes.loss_terms import LossTerms
-from bifusion_diag.replay.calls import Calls, eagerly, range_of
 from bifusion_diag.replay.frames import line_of, line_of_error, told
 from bifusion_diag.replay.incident import Cause, ModuleTrace
 from bifusion_diag.replay.notes import StepNotes
-from bifusion_diag.replay.origin import Op, OpWatch, Origin, inputs_of, leaves_of
+from bifusion_diag.replay.origin import Op, OpWatch, Origin, inputs_of
 from bifusion_diag.replay.step import Training
 
 NEAR = 4.0  # of two jumps that are as large as this apart, the earlier is the cause
@@ -114,21 +110,15 @@ class Jump(NamedTuple):
 def trace_forward(training: Training, notes: StepNotes) -> ForwardTrace:
     """Run a step's forward and loss once more and watch it. Changes nothing."""
     with notes.again() as batch:
-        inputs = inputs_of(batch)
-        ranges = {name: range_of(tensors) for name, tensors in inputs.items()}
-        suspects = [name for name, (_, bad) in ranges.items() if bad]
-        watch = OpWatch(lambda: calls.current, leaves_of(training.model, inputs), ranges=True, suspects=suspects)
-        watch.until = sys._getframe()
-        calls = Calls(training.model, watch.quiet)
-        watch.is_loss = lambda name: name is None or is_loss(calls, name)
+        watch = OpWatch(training.model, inputs_of(batch), ranges=True)
+        calls = watch.calls
         loss: LossTerms | None = None
         raised: Cause | None = None
-        with eagerly(training.model), calls.watching(), watch:
+        with watch.watching():
             try:
                 loss = training.loss(batch)
             except Exception as error:
-                where = told(line_of_error(error))
-                raised = Cause(calls.current, "forward", type(error).__name__, where)
+                raised = Cause(calls.current, "forward", type(error).__name__, told(line_of_error(error)))
         definitions = {}
         for call, module in zip(calls.calls, calls.modules, strict=True):
             if call.output_bad and call.name not in definitions and (text := told(line_of(module.forward))):
@@ -144,7 +134,15 @@ def trace_forward(training: Training, notes: StepNotes) -> ForwardTrace:
                 if not math.isfinite(float(value.detach())):
                     found[name] = tuple(watch.origins_of(value))
         return ForwardTrace(
-            tuple(calls.calls), tuple(watch.ops), ranges, terms, total, found, definitions, dict(calls.hooks), raised
+            tuple(calls.calls),
+            tuple(watch.ops),
+            watch.inputs,
+            terms,
+            total,
+            found,
+            definitions,
+            dict(calls.hooks),
+            raised,
         )
 
 
@@ -212,10 +210,3 @@ def _jumps_of_calls(trace: ForwardTrace, contrast: ForwardTrace) -> list[Jump]:
         cause = Cause(call.name, "forward", source=trace.hooked.get(index))
         jumps.append(Jump(cause, call.output_absmax, then.output_absmax, ratio, given))
     return jumps
-
-
-def is_loss(calls: Calls, name: str) -> bool:
-    """Whether a module of the model computes losses."""
-    module = calls.names.get(name)
-    kind = type(module).__name__.lower()
-    return isinstance(module, _Loss) or "loss" in kind or "criterion" in kind

@@ -8,6 +8,7 @@ operation makes NaN of them, such as the softmax of a row that is masked entirel
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.loss import _Loss
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -23,7 +25,7 @@ from bifusion_diag.probes.base import ROOT
 from bifusion_diag.probes.data import fields_of
 from bifusion_diag.probes.outputs import numbers
 from bifusion_diag.replay.batches import tensors_of
-from bifusion_diag.replay.calls import named_modules, tensor_range
+from bifusion_diag.replay.calls import Calls, eagerly, named_modules, range_of, tensor_range
 from bifusion_diag.replay.frames import Line, hooked_module, told, user_line
 from bifusion_diag.replay.incident import Cause, Direction
 
@@ -115,37 +117,46 @@ class _Place(NamedTuple):
 
 
 class OpWatch(TorchDispatchMode):
-    """Sees every operation while it is entered.
+    """Sees every operation while :meth:`watching`.
 
     Args:
-        calls: says in which module an operation runs.
-        leaves: what is there before the step, by storage.
+        model: whose modules operations run in.
+        inputs: tensors of the batch by name. Bad values that come from nowhere are those of a bad input: a step may
+            have made a tensor of an array.
         ranges: whether to keep the ranges of all operations.
-        suspects: names of the batch's inputs that are bad: bad values that come from nowhere may be theirs, as those
-            of an array that the step makes a tensor of.
+        ended: called with the index of a module's call that has ended, and its output.
     """
 
     def __init__(
         self,
-        calls: Callable[[], str | None],
-        leaves: Mapping[int, Leaf],
+        model: nn.Module,
+        inputs: Mapping[str, Sequence[Tensor]],
         *,
         ranges: bool = False,
-        suspects: Sequence[str] = (),
+        ended: Callable[[int, Any], None] | None = None,
     ) -> None:
         super().__init__()
+        self.calls = Calls(model, self.quiet, ended=ended)
         self.origins: list[Origin] = []
         self.ops: list[Op] = []
+        self.inputs = {name: range_of(tensors) for name, tensors in inputs.items()}
         self.made_by: dict[int, tuple[str | None, Line | None]] = {}  # number of an autograd node → module, line
         self.ran_by_user: dict[Any, Line] = {}  # autograd node → line of a hook or of a Function's backward
-        self.module_names: dict[int, str] = {}  # by id, for hooks of the backward
-        self._module, self._leaves, self._ranges, self._suspects = calls, leaves, ranges, suspects
+        self._model, self._ranges = model, ranges
+        self._leaves = leaves_of(model, inputs)
+        self._suspect = next((name for name, (_, bad) in self.inputs.items() if bad), None)
+        self._names = {id(module): name for name, module in self.calls.names.items()}
         self._bad: dict[int, frozenset[int]] = {}  # storage → origins
         self._kept: list[Tensor] = []  # bad tensors: their storages are not used again
-        self._absmax: dict[int, tuple[float | None, Any]] = {}
         self._off = 0
-        self.until: FrameType | None = None  # frames called before it are not the step's
-        self.is_loss: Callable[[str | None], bool] = lambda module: module is None
+        self._until: FrameType | None = None  # frames that were called before it are not the step's
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Everything that runs inside is seen."""
+        self._until = sys._getframe(2)  # of the caller; 1 is contextlib's
+        with eagerly(self._model), self.calls.watching(), self:
+            yield
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
@@ -167,8 +178,8 @@ class OpWatch(TorchDispatchMode):
             return func(*args, **kwargs)
         number = torch.autograd._get_sequence_nr() - 1
         node: Any = torch._C._current_autograd_node()
-        line = user_line(self.until)
-        module = self._module()
+        line = user_line(self._until)
+        module = self.calls.current
         if node is not None and torch.is_grad_enabled():  # a checkpointed block runs its forward again
             module, node = module or self.place(node)[0], None
         if node is None:
@@ -180,19 +191,18 @@ class OpWatch(TorchDispatchMode):
         if func.is_view or name in EMPTY:
             return func(*args, **kwargs)
         inputs = [t for t in tree_leaves((args, kwargs)) if _floating(t)]
-        written = _written(func, args, kwargs) if func._schema.is_mutable else []
+        written = _written(func, args, kwargs) if func._schema.is_mutable or "norm" in name else []
         before = {id(t): _is_bad(t) for t in written}
         absmax = self._largest(inputs) if self._ranges else None
         constants = [value for value in tree_leaves((args, kwargs)) if isinstance(value, float)]
         output = func(*args, **kwargs)
-        self._after(func, name, number, place, inputs, before, [*_outputs(output), *written], absmax, constants)
+        self._after(func, name, place, inputs, before, [*_outputs(output), *written], absmax, constants)
         return output
 
     def _after(
         self,
         func: Any,
         name: str,
-        number: int,
         place: _Place,
         inputs: list[Tensor],
         before: dict[int, bool],
@@ -209,8 +219,7 @@ class OpWatch(TorchDispatchMode):
         bad = [t for t, (_, count) in zip(outputs, ranges, strict=True) if count]
         if not bad:
             return
-        outside = {id(t) for t in outputs} - before.keys()
-        bad_inputs = [t for t in inputs if before.get(id(t), id(t) not in outside and _is_bad(t))]
+        bad_inputs = [t for t in inputs if (before[id(t)] if id(t) in before else _is_bad(t))]
         sources: set[int] = set()
         for tensor in bad_inputs:
             if tensor.dim() or storage_of(tensor) in self._bad or storage_of(tensor) in self._leaves:
@@ -219,7 +228,7 @@ class OpWatch(TorchDispatchMode):
         meant = all(self.origins[i].written for i in sources)
         if not sources or (meant and nan and (name in OF_MASKS or "attention" in name)):
             count = sum(count for _, count in ranges)
-            given = tuple(_argument(t) for t in inputs if not before.get(id(t)) and id(t) not in before)
+            given = tuple(_argument(t) for t in inputs if id(t) not in before)
             constant = name in WRITERS and (bool(bad_inputs) or math.inf in constants or -math.inf in constants)
             written = not nan and (constant or (name == "log" and _is_mask(inputs)))
             sources = {self._add(place, _op_name(func), written=written, nan=nan, bad=count, arguments=given)}
@@ -235,8 +244,8 @@ class OpWatch(TorchDispatchMode):
             nan = bool(values.isnan().any())
             count = tensor_range(tensor)[1]
             leaf = self._leaves.get(storage)
-            if leaf is None and self._suspects and place.node is None:
-                leaf = Leaf(self._suspects[0], None, "input")
+            if leaf is None and self._suspect is not None and place.node is None:
+                leaf = Leaf(self._suspect, None, "input")
             if leaf is None:
                 written = not nan and not bool((values == math.inf).any())
                 index = self._add(place, None, written=written, nan=nan, bad=count)
@@ -253,7 +262,7 @@ class OpWatch(TorchDispatchMode):
 
     def _add(self, place: _Place, op: str | None, **facts: Any) -> int:
         if place.node is None:
-            direction: Direction = "loss" if self.is_loss(place.module) else "forward"
+            direction: Direction = "loss" if self._is_loss(place.module) else "forward"
             return self._append(Origin(op, place.module, direction, told(place.line), **facts))
         module, line = self.place(place.node)
         name, parameter = node_name(place.node), None
@@ -261,12 +270,20 @@ class OpWatch(TorchDispatchMode):
         direction = "backward"
         hooked = hooked_module() if in_hook else None
         if hooked is not None:
-            module = self.module_names.get(id(hooked), module)
+            module = self._names.get(id(hooked), module)
         elif in_hook and name == "AccumulateGrad":  # what is done to a parameter's gradient alone
             direction, leaf = "after backward", self.leaf(place.node.variable)
             parameter = leaf.name if leaf is not None else None
         source = told(place.line or line)
         return self._append(Origin(op, module, direction, source, parameter, name, in_hook, **facts))
+
+    def _is_loss(self, name: str | None) -> bool:
+        """Whether a module computes losses: one of PyTorch's, or one that is called so, or none."""
+        if name is None:
+            return True
+        module = self.calls.names[name]
+        kind = type(module).__name__.lower()
+        return isinstance(module, _Loss) or "loss" in kind or "criterion" in kind
 
     def _append(self, origin: Origin) -> int:
         self.origins.append(origin)
@@ -348,7 +365,8 @@ def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[
     """Tensors that an operation changes in place."""
     found = []
     for index, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
+        # BatchNorm's operations do not say that they change the averages.
+        if argument.name.startswith("running_") or (argument.alias_info is not None and argument.alias_info.is_write):
             value = args[index] if index < len(args) else kwargs.get(argument.name)
             found += [t for t in tree_leaves(value) if _floating(t)]
     return found

@@ -15,8 +15,9 @@ from bifusion_diag.replay.frames import is_users, line_of, line_of_error, told, 
 def test_the_line_that_runs() -> None:
     line = user_line()  # here
     assert line is not None
-    assert told(line) == "test_frames.py:15: line = user_line()  # here"
-    assert next(user_lines())[1] == line[1] + 3
+    assert line[1] == test_the_line_that_runs.__code__.co_firstlineno + 1
+    assert told(line) == f"test_frames.py:{line[1]}: line = user_line()  # here"
+    assert next(user_lines())[1] == line[1] + 4
     assert user_line(until=sys._getframe()) is None
     assert told(None) is None
     assert told(("/gone/file.py", 3)) == "file.py:3"

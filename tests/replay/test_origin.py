@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,8 +14,11 @@ from torch import Tensor, nn
 from bifusion_diag.replay.origin import Leaf, OpWatch, inputs_of, leaves_of, storage_of
 
 
-def watch(leaves: dict[int, Leaf] | None = None) -> OpWatch:
-    return OpWatch(lambda: None, leaves or {})
+@contextmanager
+def watch() -> Iterator[OpWatch]:
+    seen = OpWatch(nn.Module(), {})
+    with seen.watching():
+        yield seen
 
 
 def test_bad_values_are_followed_through_views_copies_and_writes() -> None:
@@ -89,6 +94,17 @@ def test_a_cast_that_overflows_is_not_meant() -> None:
     assert [(origin.op, origin.written) for origin in seen.origins_of(y)] == [("aten._to_copy", False)]
 
 
+def test_averages_that_batch_norm_changes_are_no_inputs() -> None:
+    """A variance that overflows makes them infinite in the operation that makes the output so."""
+    model = nn.BatchNorm1d(2)
+    seen = OpWatch(model, {})
+    with seen.watching():
+        y = model(torch.tensor([[1e30, 1.0], [-1e30, 2.0]])) * torch.tensor([math.inf, 1.0])
+    assert not model.running_var.isfinite().all()
+    assert {origin.parameter for origin in seen.origins_of(y)} == {None}
+    assert "aten.native_batch_norm" in {origin.op for origin in seen.origins}
+
+
 def test_what_was_made_comes_before_what_was_meant() -> None:
     x = torch.arange(3.0)
     with watch() as seen:
@@ -109,7 +125,8 @@ def test_leaves_and_inputs_are_named() -> None:
     leaves = leaves_of(model, inputs)
     assert leaves[storage_of(model.norm.running_mean)] == Leaf("norm.running_mean", "norm", "buffer")
     assert leaves[storage_of(model.wrapped[0].weight)] == Leaf("wrapped.0.weight", "wrapped.0", "parameter")
-    with watch(leaves) as seen:
+    seen = OpWatch(model, inputs)
+    with seen.watching():
         one = batch["targets"][0]["boxes"][:, :2] + 1
         two = model.wrapped.table * 2
     assert seen.origins_of(one)[0].parameter == "targets.boxes"
