@@ -58,5 +58,5 @@ def main() -> None:
 
 
 def _refuse(message: str) -> None:
-    Console(stderr=True).print(f"[bold red]Error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    Console(stderr=True).print(f"[bold red]Error:[/] {escape(message)}", highlight=False, soft_wrap=True, emoji=False)
     sys.exit(2)

@@ -16,12 +16,12 @@ from rich.console import Console
 
 from bifusion_diag.config import Settings, settings_from_dict
 from bifusion_diag.errors import UserError
-from bifusion_diag.probes.ranks import own_rank, world_size
+from bifusion_diag.probes.ranks import gather, own_rank, world_size
 from bifusion_diag.record import Event, RecordError, RecordReader, Run, RunHeader, load_run, record_folder, resolve_run
 from bifusion_diag.record.schema import FINGERPRINT
 from bifusion_diag.training import Trainer
 from bifusion_diag.training.checkpoint import Checkpoint, checkpoint_folder, nearest_checkpoint
-from bifusion_diag.training.determinism import gather, not_deterministic
+from bifusion_diag.training.determinism import not_deterministic
 from bifusion_diag.training.distributed import process_group
 from bifusion_diag.training.trainer import Again
 
@@ -141,6 +141,38 @@ def rerun(
     reasons = [] if difference is None else _reasons(recorded, new, difference, where)
     lines = _lines(recorded, compared, difference, reasons, first, last, begin, where)
     return Rerun(out, first, last, where, compared, difference, reasons, lines)
+
+
+def rerun_command(path: Path, *, steps: str | None, probes: Sequence[str], out: Path | None, console: Console) -> int:
+    """`bifusion-diag replay run.json`: re-execute, and print what came of it.
+
+    Args:
+        path: as `run_json` of :func:`rerun`.
+        steps: "120:140", the first step and the one before which it ends.
+        probes: as in :func:`rerun`.
+        out: as in :func:`rerun`.
+        console: where the result is printed; progress goes to stderr.
+
+    Returns:
+        The exit code: 0 identical, 1 not identical or nothing to compare with.
+    """
+    found = rerun(path, steps=_parsed(steps), probes=probes, out=out, console=Console(stderr=True))
+    if not own_rank():
+        for line in [*found.lines, f"recorded in {found.out}"]:
+            console.print(line, soft_wrap=True, highlight=False, markup=False, emoji=False)
+    return 0 if found.identical else 1
+
+
+def _parsed(steps: str | None) -> tuple[int, int] | None:
+    if steps is None:
+        return None
+    first, _, end = steps.partition(":")
+    try:
+        return int(first), int(end)
+    except ValueError as error:
+        raise UserError(
+            f"--steps {steps}: give the first step and the one before which to end, for example --steps 120:140"
+        ) from error
 
 
 class _Recorded(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import json
@@ -23,6 +24,7 @@ from bifusion_diag.errors import UserError
 from bifusion_diag.experiments.rerun import Rerun, rerun
 from bifusion_diag.model.sparse.minkowski import load_minkowski
 from bifusion_diag.record import RecordReader, Run, load_run
+from bifusion_diag.replay.recorder import BadStepError
 from bifusion_diag.training import Trainer, resume_training, start_training
 
 TINY = (
@@ -35,6 +37,7 @@ TINY = (
     "data.image_width=64",
     "data.superpoint_size=0.5",
 )
+OTHERS = ("stage", "fingerprint", "note")  # kinds of events that are no incidents
 RUN = Path("run.json")  # every test has a folder of its own
 
 Train = Callable[..., Run]
@@ -205,6 +208,27 @@ def test_a_changed_record_is_named_by_step_and_series() -> None:
     assert done.compared["loss/total"] == 4  # run.json alone is enough for a short run
     assert "nothing that is recorded" in done.reasons[0]
     assert "run.record is not there" in done.lines[1]
+
+
+@pytest.mark.parametrize("policy", ["skip", "rollback", "stop"])
+def test_what_was_done_about_bad_steps_is_done_again(policy: str) -> None:
+    plain = train("baseline-5cm", steps=5)
+    courses = {name: plain.series(name).value for name in plain.names() if name.endswith(("/raw", "/grad_norm"))}
+    name, values = next((name, values) for name, values in courses.items() if values.argmax() >= 2)
+    worst = int(values.argmax())
+    rule = f"{name} > {np.sort(values)[-2:].mean():.9g}"
+    options = [f"incidents.policy={policy}", f"incidents.rules=['{rule}']", "incidents.keep_every=1"]
+    settings = tiny("baseline-5cm", *options, "training.checkpoint_every=1", "training.keep_checkpoints=0", steps=5)
+    with contextlib.suppress(BadStepError):
+        start_training(settings, RUN, console=console())
+    run = load_run(RUN)
+    first = next(event for event in run.events if event.step is not None and event.kind not in OTHERS)
+    assert (first.step, f"the rule {name} >" in first.message) == (worst, True)
+    assert run.status == ("interrupted" if policy == "stop" else "completed")
+    done = again()
+    assert done.identical
+    assert done.last == run.steps[-1]
+    assert again(RUN, (worst, worst + 1)).identical
 
 
 def test_non_finite_losses_are_the_same_again() -> None:
