@@ -59,6 +59,7 @@ class Subject:
     optimizers: tuple[Optimizer, ...]
     inverse_scale: Callable[[], Tensor | None]  # () what turns a scaled gradient into the true one; None: not scaled
     paused: Callable[[], AbstractContextManager[None]]  # inside, forwards and backwards are nobody's step
+    probes: tuple[Probe, ...] = ()  # all that measure it, in the order in which they are told
 
 
 class Probe:

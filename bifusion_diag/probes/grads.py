@@ -77,6 +77,9 @@ class GradsProbe(Probe):
         return id(parameter) in self._watched
 
     def begin(self) -> None:
+        self.measured: tuple[Tensor, list[nn.Parameter]] | None = (
+            None  # norms (n,) in this process, scaled; and of what
+        )
         self._norms: list[Number] = []
         self._slots: list[int] = []
         self._local: dict[int, Number] = {}  # by the parameter's id
@@ -102,6 +105,7 @@ class GradsProbe(Probe):
                 places.append(i)
                 gradients.append(gradient)
         self._gradients = l2_norms(gradients), places
+        self.measured = self._gradients[0], [self._owners.parameters[place] for place in places]
 
     def after_update(self, optimizer: Optimizer) -> None:
         if len(self._subject.optimizers) > 1 and self._gradients is not None:

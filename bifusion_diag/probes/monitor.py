@@ -135,7 +135,9 @@ class Monitor:
     def __enter__(self) -> Monitor:
         assert not self._hooks.attached, "this Monitor is already open"
         modules = measured_modules(self.model)
-        subject = Subject(self.model, modules, self.optimizers, self._inverse_scale, self._hooks.paused)
+        subject = Subject(
+            self.model, modules, self.optimizers, self._inverse_scale, self._hooks.paused, self._audience.probes
+        )
         for path, module in self.model.named_modules():
             name = plain_name(path)
             self._trainable[name] = [p for p in module._parameters.values() if p is not None and p.requires_grad]

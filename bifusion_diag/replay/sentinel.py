@@ -22,13 +22,14 @@ from torch.optim import Optimizer
 from bifusion_diag.probes.base import ROOT, Call, Probe, Reading, Subject
 from bifusion_diag.probes.data import fields_of
 from bifusion_diag.probes.fields import ABSENT, get_field
+from bifusion_diag.probes.grads import GradsProbe
 from bifusion_diag.probes.loss_terms import LossTerms, TermFinder
 from bifusion_diag.probes.modules import plain_name
 from bifusion_diag.probes.norms import Number, flat, norm_of, norms_of
 from bifusion_diag.probes.outputs import numbers
 from bifusion_diag.probes.owners import owners_of
 from bifusion_diag.probes.ranks import Shards, local_part, world_size
-from bifusion_diag.probes.sampling import RUN, Samples
+from bifusion_diag.probes.sampling import RUN, spacing
 from bifusion_diag.replay.step import TOTAL, Fingerprint, digest
 from bifusion_diag.replay.vitals import (
     FINITE,
@@ -42,9 +43,12 @@ from bifusion_diag.replay.vitals import (
 )
 
 RUNS = 4  # of 16 neighbours: 64 elements of a parameter, or all that it has
+WIDTH = RUNS * RUN
 SMALL_BUFFER = 1 << 17  # elements; larger ones, such as masks, do not change
 ALIKE = 1e-3  # relative: how exactly a clipped gradient is a multiple of what it was
 GONE = 1e-3  # a gradient that shrinks below this share of the others' shrinking was taken away, not clipped
+NOISE = 1e-5  # a smaller share of the whole gradient need not move a weight: that of a bias before a normalisation
+FINE = 1e-5  # ‖Δw‖ / ‖w‖ below which an update may be lost in the weights' precision
 FLOAT32_MAX = float(torch.finfo(torch.float32).max)
 OVERFLOW = {True: 1e-30, False: 1e30}  # whether float16 is used: how large a scaled norm may overflow in it
 
@@ -102,11 +106,22 @@ class Sentinel(Probe):
         self._of_process = world_size() > 1 and not self._shards.any
         self._held_sizes: tuple[int, ...] = ()
         self._weights: _Samples | None = None
+        self._gradient_samples = _Samples(())
+        self._sampled_places: tuple[int, ...] = ()
         self._after: NDArray[np.float64] | None = None  # (P, 64) weights when the last step ended
         self._used_by_parents: set[str] = set()  # modules whose weights another module uses without calling them
         self._largest: dict[str, float] = {}  # by input: largest absolute value of all batches
         self._buffers_bad: frozenset[str] | None = None
+        self._buffer_places = [
+            ((f"{plain_name(path)}." if path else "") + key, module._buffers, key)
+            for path, module in subject.model.named_modules()
+            for key in module._buffers
+        ]
         self._usual_norm: float | None = None  # of the last step whose gradients are finite
+        self._usual_loss = 0.0
+        self._speeds: NDArray[np.float64] | None = None  # (P,) usual ‖Δw‖ / ‖w‖ / lr
+        self._grads = next((probe for probe in subject.probes if isinstance(probe, GradsProbe)), None)
+        self._last_measured: Any = None
         self._undo: Callable[[], None] | None = None
         self._clear()
 
@@ -229,6 +244,7 @@ class Sentinel(Probe):
         return dataclasses.replace(
             vitals,
             step=number,
+            rates=self._rates(),  # as the update will use them: a loop may set them after the backward
             altered=altered,
             scaled_out=scaled_out,
             bad_buffers=self._new_bad_buffers(),
@@ -251,10 +267,27 @@ class Sentinel(Probe):
         finite = np.isfinite(before).all(1)
         bad = tuple(self._names[i] for i in np.flatnonzero(finite & ~np.isfinite(after).all(1)))
         did_move = (after != before).any(1)
-        got = [i for i in self._norms if self._norms[i] > 0]
-        stuck = tuple(self._names[i] for i in got if not did_move[i] and self._sampled_at[i])
+        stuck = self._stuck(vitals, did_move, change / np.maximum(size, 1e-30))
         moved, ratio = self._by_module(did_move, change, size, self._norms)
         return dataclasses.replace(vitals, moved=moved, update_ratio=ratio, bad_weights=bad, stuck=stuck)
+
+    def _stuck(self, vitals: Vitals, did_move: NDArray[np.bool_], ratio: NDArray[np.float64]) -> tuple[str, ...]:
+        """Names of parameters with a gradient that should have moved, by what they did before, and have not."""
+        rate = max(vitals.rates.values(), default=1.0)
+        usual = self._speeds if self._speeds is not None else np.zeros(len(ratio))
+        expected = usual * rate
+        found: list[str] = []
+        least = NOISE * (vitals.grad_norm or 0.0)
+        for place, norm in self._norms.items():
+            if not self._sampled_at[place] or did_move[place] or norm == 0:
+                continue
+            should = norm > least and (usual[place] == 0 or expected[place] > FINE)
+            if should or place not in self._held_places:
+                found.append(self._names[place])
+        if rate > 0:
+            now = np.where(did_move & np.isfinite(ratio), ratio / rate, usual)
+            self._speeds = np.where(usual == 0, now, 0.9 * usual + 0.1 * now)
+        return tuple(found)
 
     def weights_changed(self) -> None:
         """The weights were changed on purpose, as by going back to a kept state."""
@@ -266,6 +299,18 @@ class Sentinel(Probe):
             return ""
         sampled = self._sampled()
         return "" if sampled is None else hashlib.blake2b(sampled.tobytes(), digest_size=16).hexdigest()
+
+    def module_digests(self) -> dict[str, str]:
+        """:meth:`weights_digest` by module."""
+        sampled = None if self._model is None or self._shards.any else self._sampled()
+        if sampled is None:
+            return {}
+        digests: dict[str, str] = {}
+        for name, row in zip(self._names, sampled, strict=True):
+            for module in self._owners[name]:
+                told = digests.get(module, "").encode() + row.tobytes()
+                digests[module] = hashlib.blake2b(told, digest_size=16).hexdigest()
+        return digests
 
     @property
     def fingerprint(self) -> Fingerprint | None:
@@ -326,12 +371,22 @@ class Sentinel(Probe):
         values = _mean_each([*terms.values(), totals, self._roots])
         raw, total, root = dict(zip(names, values, strict=False)), values[-2], values[-1]
         if root is not None:
-            root *= len(self._roots) * (self._scale or 1.0)
+            root = self._true_loss(root)
         if total is None:
             total = root
         if not raw and total is not None:
             raw = {TOTAL: total}
         return {name: value for name, value in raw.items() if value is not None}, weights, total
+
+    def _true_loss(self, root: float) -> float | None:
+        """The sum of what backward() was called on, scale taken out; None where only the scale made it infinite."""
+        if self._scale is not None and math.isinf(root):
+            most = torch.finfo(self._roots[0].dtype).max
+            if max(1.0, abs(self._usual_loss)) / self._scale > 1e-8 * most:
+                return None
+        true = root * len(self._roots) * (self._scale or 1.0)
+        self._usual_loss = true if math.isfinite(true) else self._usual_loss
+        return true
 
     # --- gradients -----------------------------------------------------------------------------------------------
 
@@ -346,7 +401,7 @@ class Sentinel(Probe):
             elif gradient is not None:
                 places.append(i)
                 gradients.append(gradient)
-        found = norms_of(gradients)
+        found = self._shared_norms(places) or norms_of(gradients)
         if self._shards.any or any(isinstance(norm, Tensor) for norm in found):
             device = next((x.device for x in found if isinstance(x, Tensor)), torch.device("cpu"))
             stacked = torch.stack([torch.as_tensor(x, dtype=torch.float64).to(device) for x in found])
@@ -358,7 +413,21 @@ class Sentinel(Probe):
         for place, value in zip(places, values, strict=True):
             states[place] = ZERO if value == 0 else FINITE if math.isfinite(value) else NONFINITE
         self._states = states
-        self._begun = _Gradients(places, gradients)
+        key = tuple(places)
+        if key != self._sampled_places:
+            self._sampled_places, self._gradient_samples = key, _Samples(gradients)
+        self._begun = _Gradients(places, gradients, self._gradient_samples)
+
+    def _shared_norms(self, places: Sequence[int]) -> list[Number] | None:
+        """What a probe of gradients has just measured of the same ones."""
+        measured = self._grads.measured if self._grads is not None else None
+        if measured is None or measured is self._last_measured:
+            return None  # not at this step
+        self._last_measured = measured
+        norms, parameters = measured
+        by_parameter = dict(zip(map(id, parameters), norms.tolist(), strict=True))
+        found = [by_parameter.get(id(self._parameters[place])) for place in places]
+        return None if any(norm is None for norm in found) else [norm for norm in found if norm is not None]
 
     def _up_to_backward(self) -> Vitals:
         terms, weights, total = self._losses_of_step()
@@ -380,14 +449,14 @@ class Sentinel(Probe):
     def _with_gradients(self, vitals: Vitals) -> Vitals:
         assert self._states is not None
         states = self._states
-        squares = np.zeros(len(self._modules))
-        worst = np.full(len(self._modules), FROZEN)
+        by_parameter = states.tolist()
+        sums = [0.0] * len(self._modules)
+        worst = [FROZEN] * len(self._modules)
         for place, slots in enumerate(self._slots):
-            norm = self._norms.get(place)
+            norm = self._norms.get(place, 0.0)
             for slot in slots:
-                worst[slot] = max(worst[slot], states[place])
-                if norm is not None:
-                    squares[slot] = np.hypot(squares[slot], norm)
+                worst[slot] = max(worst[slot], by_parameter[place])
+                sums[slot] = math.hypot(sums[slot], norm) if sums[slot] else norm
         bad = tuple(self._names[i] for i in np.flatnonzero(states == NONFINITE))
         norms = [self._norms[place] for place in self._norms]
         total = math.hypot(*norms) if norms else None
@@ -396,11 +465,11 @@ class Sentinel(Probe):
         return dataclasses.replace(
             vitals,
             grad_norm=total,
-            grad_norm32=None if total is None else _as_float32(norms, total, self._scale or 1.0),
-            norms=dict(zip(self._modules, squares.tolist(), strict=True)),
-            states=dict(zip(self._modules, worst.tolist(), strict=True)),
+            grad_norm32=None if total is None else _as_float32(norms, total),
+            norms=dict(zip(self._modules, sums, strict=True)),
+            states=dict(zip(self._modules, worst, strict=True)),
             bad_parameters=bad,
-            parameters=dict(zip(self._names, states.tolist(), strict=True)),
+            parameters=dict(zip(self._names, by_parameter, strict=True)),
             local_norm=math.hypot(*local) * (self._scale or 1.0) if local else None,
         )
 
@@ -500,6 +569,7 @@ class Sentinel(Probe):
             self._held_modules = frozenset(
                 self._modules[slot] for place in self._held_places for slot in self._slots[place]
             )
+            self._not_held = [i for i in range(len(self._parameters)) if i not in self._held_places]
         return self._held_modules
 
     @property
@@ -507,9 +577,7 @@ class Sentinel(Probe):
         if not self._subject.optimizers:
             return frozenset()
         self._held()
-        return frozenset(
-            self._names[i] for i, p in enumerate(self._parameters) if p.requires_grad and i not in self._held_places
-        )
+        return frozenset(self._names[i] for i in self._not_held if self._parameters[i].requires_grad)
 
     def _sampled(self) -> NDArray[np.float64] | None:
         """A sample of every parameter, (P, 64); None while some have no shape yet."""
@@ -552,19 +620,21 @@ class Sentinel(Probe):
     # --- buffers -------------------------------------------------------------------------------------------------
 
     def _bad_buffers(self) -> list[str]:
-        assert self._model is not None
+        """Names of the small ones that hold NaN or infinite values."""
         names: list[str] = []
         buffers: list[Tensor] = []
-        for path, buffer in self._model.named_buffers():
-            plain = type(buffer) is Tensor and buffer.layout == torch.strided and 0 < buffer.numel() <= SMALL_BUFFER
-            if plain and buffer.is_floating_point() and buffer.element_size() > 1:
-                names.append(plain_name(path))
+        for name, held, key in self._buffer_places:
+            buffer = held.get(key)
+            if type(buffer) is Tensor and buffer.is_floating_point() and 0 < buffer.numel() <= SMALL_BUFFER:
+                names.append(name)
                 buffers.append(buffer.detach())
-        if not buffers:
-            return []
-        largest = torch._foreach_norm(buffers, math.inf)
-        values = torch.stack([x.to(largest[0].device, torch.float64) for x in largest])
-        return [names[i] for i in (~values.isfinite()).nonzero()[:, 0].tolist()]
+        by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for buffer in buffers:
+            if buffer.layout == torch.strided and buffer.element_size() > 1:
+                by_kind.setdefault((buffer.device, buffer.dtype), []).append(buffer.reshape(-1))
+        if all(bool(torch.cat(alike).sum(dtype=torch.float64).isfinite()) for alike in by_kind.values()):
+            return []  # the sum of finite numbers, in float64, is finite
+        return [name for name, x in zip(names, buffers, strict=True) if not bool(x.isfinite().all())]
 
     def _new_bad_buffers(self) -> tuple[str, ...]:
         known = self._buffers_bad or frozenset()
@@ -580,14 +650,15 @@ class _Gradients:
     Attributes:
         places: of the parameters that have one.
         gradients: the tensors, to be compared with what the optimiser sees.
+        samples: what samples them.
     """
 
     places: list[int]
     gradients: Sequence[Tensor]
+    samples: _Samples
 
     def __post_init__(self) -> None:
         self.versions = [gradient._version for gradient in self.gradients]
-        self.samples = _Samples(self.gradients)
         self.before = self.samples.take(self.gradients)
 
     def altered(self, gradients: Sequence[Tensor | None], norms: Mapping[int, float], scale: float | None) -> list[int]:
@@ -597,7 +668,10 @@ class _Gradients:
         if gone:
             return [self.places[i] for i in gone if norms[self.places[i]] > 0]
         there = [gradient for gradient in now if gradient is not None]
-        alike = [a.shape == b.shape and a.device == b.device for a, b in zip(self.gradients, there, strict=True)]
+        alike = [
+            a is b or (a.shape == b.shape and a.device == b.device and a.layout == b.layout)
+            for a, b in zip(self.gradients, there, strict=True)
+        ]
         if not all(alike):
             return [place for place, same in zip(self.places, alike, strict=True) if not same]
         after = self.samples.take(there)
@@ -641,43 +715,80 @@ class _Gradients:
 
 
 class _Samples:
-    """Samples of tensors that come again and again, on the host."""
+    """Samples of tensors that come again and again, in the same sizes, on the host: of each 64 elements in four runs of
+    neighbours, or all that it has.
+
+    One pass over many small views: Python's part of it is the dearest, and is kept where the memory is the same.
+    """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._size = len(tensors)
         self.measured = np.zeros(len(tensors), bool)
-        self._groups: list[tuple[list[int], Samples]] = []
-        by_device: dict[torch.device, list[int]] = {}
+        self._groups: list[_Group] = []
+        by_device: dict[tuple[torch.device, torch.dtype], dict[int, int]] = {}
         for i, x in enumerate(tensors):
-            held = _plain(x)
-            if held is not None:
-                by_device.setdefault(held.device, []).append(i)
+            line = _line(x)
+            if line is not None:
+                by_device.setdefault((line.device, line.dtype), {})[i] = line.numel()
                 self.measured[i] = True
-        for device, places in by_device.items():
-            sizes = {i: _held(tensors[i]).numel() for i in places}
-            places.sort(key=lambda i: sizes[i] < RUNS * RUN)  # as Samples wants them
-            wide = any(tensors[i].dtype in (torch.float64, torch.complex128) for i in places)
-            kind = torch.float64 if wide else torch.float32
-            self._groups.append((places, Samples([sizes[i] for i in places], RUNS, device, kind)))
+        for sizes in by_device.values():
+            self._groups.append(_Group({i: n for i, n in sizes.items() if n >= WIDTH}, long=True))
+            self._groups.append(_Group({i: n for i, n in sizes.items() if n < WIDTH}, long=False))
 
     def take(self, tensors: Sequence[Tensor]) -> NDArray[np.float64]:
-        """(n, 64) zeros where a tensor has fewer elements or was not measured."""
-        found = np.zeros((len(tensors), RUNS * RUN))
-        for places, samples in self._groups:
-            samples.take([_held(tensors[i]) for i in places])
-            found[places] = samples.rows.cpu().numpy()
+        """(n, 64): zeros where a tensor has fewer elements or is not measured."""
+        found = np.zeros((self._size, WIDTH))
+        for group in self._groups:
+            group.take(tensors, found)
         return found
 
 
-def _held(x: Tensor) -> Tensor:
-    return numbers(local_part(x.detach()))
+class _Group:
+    """Tensors of one device and type; all long, or all short."""
+
+    def __init__(self, sizes: Mapping[int, int], long: bool) -> None:
+        self.places = list(sizes)
+        self._long = long
+        self._steps = [spacing(n, RUNS) for n in sizes.values()] if long else []
+        rows = np.repeat(np.arange(len(sizes)), list(sizes.values())) if not long else np.zeros(0, int)
+        columns = np.concatenate([np.arange(n) for n in sizes.values()]) if sizes and not long else np.zeros(0, int)
+        self._targets = np.asarray(self.places, int)[rows] if not long and sizes else rows, columns
+        self._pointers: list[int] = []
+        self._views: list[Tensor] = []
+
+    def take(self, tensors: Sequence[Tensor], found: NDArray[np.float64]) -> None:
+        if not self.places:
+            return
+        held = [tensors[i] for i in self.places]
+        pointers = [local_part(x).data_ptr() for x in held]
+        if pointers != self._pointers:
+            lines = [_line(x) for x in held]
+            if any(line is None for line in lines):
+                return  # memory that has gaps now
+            whole = [line for line in lines if line is not None]
+            if self._long:
+                self._views = [x.as_strided((RUNS, RUN), (n, 1)) for x, n in zip(whole, self._steps, strict=True)]
+            else:
+                self._views = [x.reshape(-1) for x in whole]
+            self._pointers = pointers
+        values = torch.cat(self._views).to("cpu", torch.float64).numpy()
+        if self._long:
+            found[self.places] = values.reshape(len(self.places), WIDTH)
+        else:
+            found[self._targets] = values
 
 
-def _plain(x: Tensor) -> Tensor | None:
-    """The elements that this process holds, where they lie in memory without gaps; None elsewhere."""
-    if x.layout != torch.strided or x.numel() == 0:
+def _line(x: Tensor) -> Tensor | None:
+    """The elements that this process holds, as they lie in memory; None where there are none, or gaps."""
+    kind = type(x)
+    if (kind is Tensor or kind is nn.Parameter) and x.layout == torch.strided and not x.is_complex():
+        if x.numel() == 0 or (x.element_size() == 1 and x.is_floating_point()):
+            return None
+        return x.detach() if x.is_contiguous() else flat(x.detach())
+    if x.layout != torch.strided:
         return None
-    held = _held(x)
-    return held if held.numel() and flat(held) is not None else None
+    held = numbers(local_part(x.detach()))
+    return flat(held) if held.numel() else None
 
 
 def _range(
@@ -736,9 +847,9 @@ def _mean_each(lists: Sequence[Sequence[Tensor]]) -> list[float | None]:
     return [sum(values) / len(values) if values else None for values in found]
 
 
-def _as_float32(norms: Sequence[float], total: float, scale: float) -> float:
+def _as_float32(norms: Sequence[float], total: float) -> float:
     """The norm as float32 code computes it, which squares first."""
-    squares = [(norm / scale) ** 2 if norm / scale < 1e150 else math.inf for norm in norms]
+    squares = [norm**2 if norm < 1e150 else math.inf for norm in norms]
     if math.isnan(total) or any(math.isnan(square) for square in squares):
         return math.nan
     over = any(square > FLOAT32_MAX for square in squares) or sum(squares) > FLOAT32_MAX
