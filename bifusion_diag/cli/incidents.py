@@ -28,8 +28,9 @@ def print_incident(console: Console, incident: Incident) -> None:
         table.add_row("", f"and {len(incident.triggers) - 6} more signs")
     cause = incident.cause
     if cause is not None:
-        where = cause.module or "in no module"
-        parts = [where, cause.direction, cause.op or "", cause.parameter or ""]
+        parts = [cause.module or "no module", cause.direction, cause.op or "", cause.parameter or ""]
+        if cause.direction == "data":
+            parts = ["the batch", cause.parameter or ""]
         table.add_row("begins in", Text(", ".join(filter(None, parts)), style="bold"))
         if cause.source:
             table.add_row("source", Text(cause.source))
@@ -82,13 +83,14 @@ def print_replay(console: Console, replay: Replay, *, nothing: str = "nothing to
 def print_trace(console: Console, trace: Sequence[ModuleTrace], incident: Incident) -> None:
     """Every call of a module in order of execution: how large numbers go in and come out, and the gradients that
     arrive. The bar is the output's order of magnitude; the module where it began is marked."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("")
-    for title in ("module", "type"):
-        table.add_column(title, overflow="fold")
+    bar = _BAR if console.width >= 110 else _BAR // 3
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    table.add_column("", no_wrap=True)
+    table.add_column("module", overflow="fold", min_width=min(16, max((len(row.name) for row in trace), default=0)))
+    table.add_column("type", no_wrap=True, max_width=16)
     for title in ("|in|", "|out|"):
         table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("|out|, order of magnitude", no_wrap=True)
+    table.add_column("log |out|"[: bar + 1], no_wrap=True, min_width=bar)
     table.add_column("grad norm", justify="right", no_wrap=True)
     low, high = _orders(trace)
     cause = incident.cause.module if incident.cause is not None else None
@@ -104,7 +106,7 @@ def print_trace(console: Console, trace: Sequence[ModuleTrace], incident: Incide
             Text(row.type, style="dim"),
             _range(row.input_absmax, row.input_bad),
             _range(row.output_absmax, row.output_bad),
-            Text("█" * _length(row.output_absmax, low, high), style="red" if row.output_bad else "cyan"),
+            Text("█" * _length(row.output_absmax, low, high, bar), style="red" if row.output_bad else "cyan"),
             _range(row.gradient_norm, row.gradient_bad),
             style="bold" if mark else "red" if bad else None,
         )
@@ -144,8 +146,8 @@ def _sample(sample: SampleShare) -> Text:
 
 
 def _range(value: float | None, bad: int) -> Text:
-    size = "" if value is None else f"{value:.3g}"
-    return Text(f"{size} +{bad} bad".strip(), style="bold red") if bad else Text(size)
+    size = "" if value is None or (bad and not math.isfinite(value)) else f"{value:.3g}"
+    return Text(f"{size} {bad} bad".strip(), style="bold red") if bad else Text(size)
 
 
 def _orders(trace: Sequence[ModuleTrace]) -> tuple[float, float]:
@@ -154,8 +156,8 @@ def _orders(trace: Sequence[ModuleTrace]) -> tuple[float, float]:
     return (min(found), max(found)) if found else (0.0, 0.0)
 
 
-def _length(value: float | None, low: float, high: float) -> int:
+def _length(value: float | None, low: float, high: float, bar: int) -> int:
     if value is None or not value > 0 or not math.isfinite(value):
         return 0
     share = (math.log10(value) - low) / (high - low) if high > low else 0.0
-    return 1 + round(share * (_BAR - 1))
+    return 1 + round(share * (bar - 1))

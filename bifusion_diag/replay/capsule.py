@@ -95,6 +95,7 @@ class CapsuleWriter:
         self._state = state
         self._rebuilt = frozenset(map(plain_name, rebuilt))
         self._alike: Counter[tuple[str, str]] = Counter()
+        self._bad: set[int] = set()  # steps
         self._versions: dict[str, int] = {}  # of rebuilt weights, as training began
         self._digest: tuple[Any, str] | None = None  # of the rebuilt weights, and what it was taken of
 
@@ -138,6 +139,7 @@ class CapsuleWriter:
         Returns:
             Its folder, and its size and what it leaves out; or None, and why there is none.
         """
+        self._bad.add(incident.step)
         why_not = self._why_not(incident, training, notes)
         if why_not:
             return None, why_not
@@ -153,6 +155,8 @@ class CapsuleWriter:
             return f"{self.written} capsules were written in this run, and no more are wanted"
         if self._alike[incident.kind, incident.place] >= ALIKE:
             return f"{ALIKE} capsules of this kind and place were written before"
+        if {incident.step - 1, incident.step - 2} <= self._bad:
+            return "the two steps before were bad too"
         if not notes.has_batch:
             return "monitor.step() was not given the batch, without which the step cannot run again"
         if any(hasattr(parameter, "full_tensor") for parameter in training.model.parameters()):

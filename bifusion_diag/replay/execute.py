@@ -31,6 +31,7 @@ from bifusion_diag.replay.notes import StepNotes
 from bifusion_diag.replay.step import Fingerprint, Training
 from bifusion_diag.replay.tree import class_name
 
+_PLURAL = {"loss": "losses", "gradient": "gradients"}
 _SWITCHES = ("deterministic", "mkldnn", "matmul_precision", "default_dtype", "flush_denormal", "cudnn", "autocast")
 
 
@@ -196,8 +197,8 @@ def compare(capsule: Capsule, found: Outcome, *, backward: bool) -> tuple[bool |
         return None, "nothing: the step could not be run again when the capsule was written", ""
     if not backward:
         wanted = Fingerprint(wanted.losses, {})
-    parts = [f"{len(wanted.losses)} losses"] if wanted.losses else []
-    parts += [f"{len(wanted.gradients)} gradients"] if wanted.gradients else []
+    counts = {"loss": len(wanted.losses), "gradient": len(wanted.gradients)}
+    parts = [f"{n} {word if n == 1 else _PLURAL[word]}" for word, n in counts.items() if n]
     parts += [f"the error {capsule.error!r}"] if capsule.error else []
     compared = " and ".join(parts)
     if found.error != capsule.error and (backward or found.error):

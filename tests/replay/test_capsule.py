@@ -225,13 +225,23 @@ def test_why_there_is_no_capsule(options: dict[str, Any], words: str) -> None:
 def test_there_are_so_many_of_a_kind_and_place_and_so_many_in_all() -> None:
     training, made = make(), writer(count=4)
     notes = in_a_step(training)
-    steps = [dataclasses.replace(INCIDENT, step=step) for step in range(4)]
-    others = [dataclasses.replace(INCIDENT, step=step, kind="gradient-spike") for step in (5, 6)]
+    steps = [dataclasses.replace(INCIDENT, step=step) for step in (0, 2, 4, 6)]
+    others = [dataclasses.replace(INCIDENT, step=step, kind="gradient-spike") for step in (10, 12)]
     found = [made.write(incident, training, notes, None) for incident in [*steps, *others]]
     assert [folder is not None for folder, _ in found] == [True, True, True, False, True, False]
     assert found[3][1] == "3 capsules of this kind and place were written before"
     assert found[5][1] == "4 capsules were written in this run, and no more are wanted"
     assert made.written == 4
+
+
+def test_of_bad_steps_in_a_row_the_first_two_are_kept() -> None:
+    training, made = make(), writer()
+    notes = in_a_step(training)
+    kinds = ["nonfinite-loss", "nonfinite-gradient", "gradient-spike", "nonfinite-loss"]
+    incidents = [dataclasses.replace(INCIDENT, step=step, kind=kind) for step, kind in enumerate(kinds)]
+    found = [made.write(incident, training, notes, None) for incident in incidents]
+    assert [folder is not None for folder, _ in found] == [True, True, False, False]
+    assert found[3][1] == "the two steps before were bad too"
 
 
 def test_a_step_without_its_batch_has_no_capsule() -> None:
