@@ -146,7 +146,7 @@ def tensor_range(tensor: Tensor) -> Range:
     x = numbers(tensor.detach())
     if x.numel() == 0:
         return None, 0
-    low, high = torch.stack(torch.aminmax(x)).double().tolist()
+    low, high = map(float, torch.aminmax(x)) if x.is_cpu else torch.stack(torch.aminmax(x)).double().tolist()
     if math.isfinite(low) and math.isfinite(high):
         return max(abs(low), abs(high)), 0
     finite = x.isfinite()

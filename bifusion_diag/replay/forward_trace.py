@@ -15,6 +15,8 @@ from bifusion_diag.replay.origin import Op, OpWatch, Origin, inputs_of
 from bifusion_diag.replay.step import Training
 
 NEAR = 4.0  # of two jumps that are as large as this apart, the earlier is the cause
+EXTREME = 1e15  # no number of a healthy network is larger
+LOWEST = 1e38  # but masks may be written as the least number that there is: -3.4e38
 #: What these return is at most 1: they may jump, and nothing explodes in them.
 BOUNDED = ("_softmax", "_safe_softmax", "sigmoid", "tanh", "hardsigmoid", "erf", "sin", "cos")
 
@@ -65,18 +67,32 @@ class ForwardTrace:
         return next((self.origins[name][0] for name in names if self.origins.get(name)), None)
 
     def cause(self, term: str | None = None) -> Cause | None:
-        """As :meth:`origin`; where no operation was seen to make them, the first bad module. None: all is finite."""
+        """As :meth:`origin`; but of an overflow, where the numbers became extreme; and where no operation was seen to
+        make bad values, the first bad module. None: all is finite."""
         if self.raised is not None:
             return self.raised
         origin = self.origin(term)
         if origin is not None and (origin.op is not None or origin.parameter is not None):
-            return origin.cause
+            return self._swollen(origin) or origin.cause
         if (term is None and not self.bad_terms and not self.bad_total) or (term and term not in self.bad_terms):
             return None
         for index in self._bad_calls():
             name = self.modules[index].name
             return Cause(name, "forward", None, self.hooked.get(index) or self.definitions.get(name))
         return origin.cause if origin is not None else None
+
+    def _swollen(self, origin: Origin) -> Cause | None:
+        """Where numbers became so large that an operation after it overflowed."""
+        if origin.op is None or not EXTREME < origin.largest < LOWEST:
+            return None
+        for name, (absmax, _) in self.inputs.items():
+            if absmax is not None and absmax > EXTREME:
+                return Cause(None, "data", parameter=name)
+        for op in self.ops[: origin.after]:
+            before, after = op.input_absmax, op.output_absmax
+            if before is not None and after is not None and before <= EXTREME < after < LOWEST:
+                return Cause(op.module, op.direction, op.op, told(op.line))
+        return None
 
     @property
     def bad_total(self) -> bool:
@@ -175,8 +191,7 @@ def _jumps_of_ops(trace: ForwardTrace, contrast: ForwardTrace) -> list[Jump]:
             then = op._replace(output_absmax=op.input_absmax)  # it was not there: it should have changed nothing
         if op.output_absmax and then.output_absmax and op.input_absmax and then.input_absmax:
             ratio, given = op.output_absmax / then.output_absmax, op.input_absmax / then.input_absmax
-            direction = "forward" if op.module is not None else "loss"
-            cause = Cause(op.module, direction, op.op, told(op.line))  # type: ignore[arg-type]
+            cause = Cause(op.module, op.direction, op.op, told(op.line))
             jumps.append(Jump(cause, op.output_absmax, then.output_absmax, ratio, given))
     return jumps
 

@@ -18,9 +18,10 @@ import bifusion_diag
 _OURS = Path(bifusion_diag.__file__).parent
 #: Code that is nobody's fault: PyTorch's, and what watches. Our own model and losses are a user's to these.
 SKIPPED = (
-    str(Path(torch.__file__).parent),
-    *(str(_OURS / room) for room in ("replay", "probes", "record")),
+    str(Path(torch.__file__).parent / "_")[:-1],
+    *(str(_OURS / room / "_")[:-1] for room in ("replay", "probes", "record")),
     "<frozen",
+    "<eval_with_key>",  # torch.fx
     str(Path(ast.__file__).with_name("contextlib.py")),
 )
 _skipped: dict[str, bool] = {}  # by file name
@@ -45,6 +46,18 @@ def user_lines() -> Iterator[Line]:
         if is_users(frame.f_code.co_filename):
             yield frame.f_code.co_filename, frame.f_lineno
         frame = frame.f_back
+
+
+def call_into(file: str) -> Line | None:
+    """The user's line that called what is running in a file, such as "torch/utils/checkpoint.py"; None: nothing is."""
+    frame: types.FrameType | None = sys._getframe(1)
+    inside = False
+    while frame is not None:
+        inside = inside or frame.f_code.co_filename.endswith(file)
+        if inside and is_users(frame.f_code.co_filename):
+            return frame.f_code.co_filename, frame.f_lineno
+        frame = frame.f_back
+    return None
 
 
 def is_users(file: str) -> bool:

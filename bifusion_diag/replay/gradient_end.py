@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from bifusion_diag.errors import UserError, near_matches
 from bifusion_diag.replay.backward_trace import BackwardTrace, NodeTrace, trace_backward
 from bifusion_diag.replay.calls import Calls, eagerly, named_modules
-from bifusion_diag.replay.frames import Line, told, user_lines
+from bifusion_diag.replay.frames import Line, call_into, told, user_lines
 from bifusion_diag.replay.incident import Cause
 from bifusion_diag.replay.notes import StepNotes
 from bifusion_diag.replay.origin import storage_of
@@ -30,9 +30,10 @@ def where_gradient_ends(training: Training, notes: StepNotes, module: str) -> Ca
     """Where the gradient of a module that runs is lost on its way from the loss. Changes nothing.
 
     The direction is "graph" where there is no way: its parameters do not require a gradient ("requires_grad=False"),
-    its output is cut off (the operation that did it, such as "Tensor.detach", or "no_grad"), or the loss does not
-    depend on it ("unused"), or it does not run ("not run"). It is "backward" where there is a way, on which the
-    gradient becomes exactly zero: the first node or hook that made it so; "after backward" for a hook on a parameter.
+    its output is cut off (the operation that did it, such as "Tensor.detach", or "no_grad", or a re-entrant
+    "checkpoint"), the loss does not depend on it ("unused"), or it does not run ("not run"). It is "backward" where
+    there is a way, on which the gradient becomes exactly zero: the first node or hook that made it so; "after backward"
+    for a hook on a parameter.
     None: the module gets a gradient.
 
     Args:
@@ -51,11 +52,10 @@ def where_gradient_ends(training: Training, notes: StepNotes, module: str) -> Ca
     learning = [parameter for parameter in own if parameter.requires_grad]
     if not learning:
         return Cause(module, "graph", "requires_grad=False", None, names.get(id(own[0])))
-    cut = _cut(training, notes, module, learning)
-    if cut is not None:
-        return cut
-    trace = trace_backward(training, notes)
-    return _zero(trace, [names[id(parameter)] for parameter in learning if id(parameter) in names])
+    trace, wanted = trace_backward(training, notes), [names[id(parameter)] for parameter in learning]
+    if any(trace.gradients.get(name, 0.0) != 0 for name in wanted):
+        return None
+    return _cut(training, notes, module, learning) or _zero(trace, wanted)
 
 
 class _Cut(NamedTuple):
@@ -65,6 +65,7 @@ class _Cut(NamedTuple):
     module: str | None
     lines: tuple[Line, ...]  # the user's frames, the innermost first
     enabled: bool  # whether a graph was recorded
+    checkpoint: Line | None  # where the user called a checkpoint that it runs in
 
 
 class _Flow(TorchFunctionMode):
@@ -102,7 +103,9 @@ class _Flow(TorchFunctionMode):
         if connected and lost:
             name = resolve_name(func) or getattr(func, "__name__", str(func))
             name = name.removeprefix("torch.").removesuffix(".__get__")
-            self.cuts.append(_Cut(name, self._calls.current, tuple(user_lines()), torch.is_grad_enabled()))
+            checkpoint = call_into("torch/utils/checkpoint.py")
+            enabled = torch.is_grad_enabled()
+            self.cuts.append(_Cut(name, self._calls.current, tuple(user_lines()), enabled, checkpoint))
             behind = behind | {len(self.cuts) - 1}
         if not values and isinstance(output, np.ndarray):
             self.left |= behind
@@ -156,6 +159,8 @@ def _cut(training: Training, notes: StepNotes, module: str, parameters: Sequence
         if cut.enabled:
             return Cause(cut.module, "graph", cut.op, told(cut.lines[0] if cut.lines else None))
         line = next((line for frame in cut.lines if (line := _switch(frame)) is not None), None)
+        if line is None and cut.checkpoint is not None:  # a re-entrant one, none of whose inputs requires a gradient
+            return Cause(cut.module, "graph", "checkpoint", told(cut.checkpoint))
         return Cause(cut.module, "graph", "no_grad", told(line or (cut.lines[0] if cut.lines else None)))
 
 
@@ -187,8 +192,6 @@ def _switch(line: Line) -> Line | None:
 
 def _zero(trace: BackwardTrace, parameters: Sequence[str]) -> Cause | None:
     """The first node or hook on the way to the parameters that was given a gradient and gave none on."""
-    if any(trace.gradients.get(name, 0.0) != 0 for name in parameters):
-        return None
     for name in parameters:
         if trace.accumulated.get(name, 0.0) != 0:
             return Cause(name.rpartition(".")[0], "after backward", "hook on the accumulated gradient", None, name)

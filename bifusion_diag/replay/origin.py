@@ -68,7 +68,8 @@ class Origin:
         written: infinities that were meant.
         nan: there is a NaN among them.
         bad: how many.
-        arguments: of the operation, all finite.
+        arguments: of the operation, those that are not changed in place.
+        after: how many operations of the forward ran before it.
     """
 
     op: str | None
@@ -82,6 +83,13 @@ class Origin:
     nan: bool = False
     bad: int = 0
     arguments: tuple[Argument, ...] = ()
+    after: int = 0
+
+    @property
+    def largest(self) -> float:
+        """Largest absolute value among its arguments."""
+        ends = [abs(end) for given in self.arguments for end in (given.low, given.high) if end is not None]
+        return max((end for end in ends if math.isfinite(end)), default=0.0)
 
     @property
     def cause(self) -> Cause:
@@ -98,6 +106,7 @@ class Op(NamedTuple):
     line: Line | None
     input_absmax: float | None
     output_absmax: float | None
+    direction: Direction = "forward"  # or "loss"
 
 
 class Leaf(NamedTuple):
@@ -215,7 +224,8 @@ class OpWatch(TorchDispatchMode):
         if self._ranges and place.node is None and outputs:
             finite = [largest for largest, _ in ranges if largest is not None]
             largest = max(finite, default=None)
-            self.ops.append(Op(_op_name(func), place.module, place.line, absmax, largest))
+            direction = self._direction(place.module)
+            self.ops.append(Op(_op_name(func), place.module, place.line, absmax, largest, direction))
         bad = [t for t, (_, count) in zip(outputs, ranges, strict=True) if count]
         if not bad:
             return
@@ -262,12 +272,13 @@ class OpWatch(TorchDispatchMode):
 
     def _add(self, place: _Place, op: str | None, **facts: Any) -> int:
         if place.node is None:
-            direction: Direction = "loss" if self._is_loss(place.module) else "forward"
-            return self._append(Origin(op, place.module, direction, told(place.line), **facts))
+            return self._append(
+                Origin(op, place.module, self._direction(place.module), told(place.line), after=len(self.ops), **facts)
+            )
         module, line = self.place(place.node)
         name, parameter = node_name(place.node), None
         in_hook = place.line is not None  # or in a Function's backward
-        direction = "backward"
+        direction: Direction = "backward"
         hooked = hooked_module() if in_hook else None
         if hooked is not None:
             module = self._names.get(id(hooked), module)
@@ -277,13 +288,13 @@ class OpWatch(TorchDispatchMode):
         source = told(place.line or line)
         return self._append(Origin(op, module, direction, source, parameter, name, in_hook, **facts))
 
-    def _is_loss(self, name: str | None) -> bool:
-        """Whether a module computes losses: one of PyTorch's, or one that is called so, or none."""
+    def _direction(self, name: str | None) -> Direction:
+        """Losses are computed outside of modules, by PyTorch's own, and by those that are called so."""
         if name is None:
-            return True
+            return "loss"
         module = self.calls.names[name]
         kind = type(module).__name__.lower()
-        return isinstance(module, _Loss) or "loss" in kind or "criterion" in kind
+        return "loss" if isinstance(module, _Loss) or "loss" in kind or "criterion" in kind else "forward"
 
     def _append(self, origin: Origin) -> int:
         self.origins.append(origin)

@@ -228,6 +228,45 @@ class Pair(NamedTuple):
     other: dict[str, Tensor]
 
 
+def test_infinities_that_were_written_are_to_blame_for_nan_elsewhere() -> None:
+    """BatchNorm makes NaN of them, also of its own averages, and only a mask may hold them."""
+    model = nn.Sequential(nn.Conv1d(1, 4, 3), nn.BatchNorm1d(4), nn.Conv1d(4, 1, 1))
+    model[0].register_forward_hook(lambda m, i, y: y.index_fill(1, torch.tensor([2]), float("inf")))  # filled
+    found = trace(model, torch.randn(4, 1, 9)).cause()
+    assert found is not None
+    assert found.module == "0"
+    assert found.source is not None
+    assert found.source.endswith("# filled")
+
+
+def test_of_an_overflow_it_is_told_where_the_numbers_grew() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.queries, self.keys = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.queries(x) @ self.keys(x).T).softmax(1) @ x
+
+    model = Attention()
+    swell = model.queries.register_forward_hook(lambda m, i, y: y * 1e25)
+    model.keys.register_forward_hook(lambda m, i, y: y * 1e14)
+    found = trace(model)
+    origin, cause = found.origin(), found.cause()
+    assert origin is not None
+    assert (origin.module, origin.op) == ("(root)", "aten.mm")
+    assert cause is not None
+    assert (cause.module, cause.op) == ("queries", "aten.mul")
+    swell.remove()
+    assert trace(model).cause() is None
+    large = X.clone()
+    large[2, 2] = 1e30
+    training = Training(model, lambda batch: model(batch["x"]).sum())
+    cause = trace_forward(training, StepNotes(model, 0, {"x": large})).cause()
+    assert cause is not None
+    assert (cause.direction, cause.parameter) == ("data", "x")
+
+
 def test_a_hook_that_pytorch_does_not_see_is_named_by_its_definition() -> None:
     model = Net()
 

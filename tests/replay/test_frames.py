@@ -48,4 +48,5 @@ def test_whose_code_it_is() -> None:
     import bifusion_diag.model.build as ours
 
     assert is_users(ours.__file__)
+    assert is_users(nn.__file__.replace("/torch/", "/torchvision/"))
     assert is_users(__file__)

@@ -203,6 +203,19 @@ def test_a_forward_hook_that_detaches_is_the_modules() -> None:
     assert found.source.endswith("# detached here")
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_a_reentrant_checkpoint_whose_inputs_need_no_gradient() -> None:
+    model = Net(torch.tanh)
+    model.encoder.forward = lambda x: checkpoint(model.encoder[1], model.encoder[0](x), use_reentrant=True)
+    assert where_gradient_ends(*_training(model), "encoder.1") is None
+    model.encoder.forward = lambda x: checkpoint(model.encoder[0], x, use_reentrant=True)  # the checkpoint
+    found = where_gradient_ends(*_training(model), "encoder.0")
+    assert found is not None
+    assert (found.module, found.direction, found.op) == ("encoder.0", "graph", "checkpoint")
+    assert found.source is not None
+    assert found.source.endswith("# the checkpoint")
+
+
 def test_hooks_on_a_parameter() -> None:
     model = Net(torch.tanh)
     for parameter in model.head.parameters():
