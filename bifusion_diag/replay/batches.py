@@ -248,7 +248,11 @@ def _cut_accumulated(batch: Any, sizes: list[int]) -> Cut:
 
 
 def _joined(pieces: list[Any]) -> Any:
-    """Batches of one sample each, as one batch."""
+    """Batches of one sample each, as one batch.
+
+    Raises:
+        TypeError: they are of a kind of which nobody knows how.
+    """
     first = pieces[0]
     if len(pieces) == 1:
         return first
@@ -260,7 +264,11 @@ def _joined(pieces: list[Any]) -> Any:
         if _one_a_sample(first):
             return _like(first, [entry for piece in pieces for entry in piece])
         return _like(first, [_joined(list(entries)) for entries in zip(*pieces, strict=True)])
+    if first is None or isinstance(first, (str, int, float)):
+        return first
     names = [name for name, _ in _children(first)]
+    if not names:
+        raise TypeError(f"objects of type {type(first).__name__} cannot be joined")
     return _with_children(first, {name: _joined([_child(piece, name) for piece in pieces]) for name in names})
 
 

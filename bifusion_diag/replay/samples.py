@@ -29,11 +29,11 @@ __all__ = ["Names", "SampleFinding", "Split", "sample_shares"]
 
 #: Kinds that a sample can be guilty of, by how it shows.
 BY_LOSS = ("loss-spike", "loss-shift")
-BY_GRADIENT = ("gradient-spike", "overflowed-norm", "rule")
+BY_GRADIENT = ("gradient-spike", "overflowed-norm", "input-outlier", "rule")
 BY_NONFINITE = ("nonfinite-loss", "nonfinite-gradient", "nonfinite-buffers")
-BY_INPUT = ("nonfinite-input", "input-outlier")
 
 ALONE = 16  # samples that are run one by one; more are run in so many groups first
+EXPANDED = 4  # of these groups, whose members are run one by one
 PEERS = 6  # of the healthy batch's samples that are run alone, at most
 CHECKS = 8  # of several suspects so many are checked one by one
 LEFT_OUT = 4  # samples, up to which each is left out in turn where none stands out alone
@@ -92,7 +92,7 @@ def sample_shares(
     Raises:
         UserError: the user's split or names do not fit the batch.
     """
-    if kind not in (*BY_LOSS, *BY_GRADIENT, *BY_NONFINITE, *BY_INPUT, "exception"):
+    if kind not in (*BY_LOSS, *BY_GRADIENT, *BY_NONFINITE, "nonfinite-input", "exception"):
         return SampleFinding(reason=f"{kind} is no matter of single samples")
     backward = kind in ("nonfinite-gradient", "exception", *BY_GRADIENT)
     try:
@@ -117,6 +117,7 @@ class _Search:
         self.runs = runs
         self.size = runs.size
         self.alone: dict[tuple[int, ...], PartRun] = {}
+        self._parted: set[tuple[int, ...]] = set()  # groups whose parts were run too
         self._raises = False
         self._without: dict[tuple[int, ...], PartRun] = {}
 
@@ -124,8 +125,8 @@ class _Search:
         """Guilty samples with the reason why, or none and the reason for that."""
         if kind == "nonfinite-input":
             return self._by_bad_input()
-        if kind == "input-outlier":
-            return self._far_out, "no sample's input is far outside those of all others"
+        if kind == "input-outlier" and self._far_out:
+            return self._far_out, ""
         whole, healthy = self.runs.whole(), self.runs.healthy()
         self._raises = bool(whole.error)
         if kind == "exception" or whole.error:
@@ -224,7 +225,7 @@ class _Search:
     def _outlying(self, value: Value) -> list[tuple[tuple[int, ...], bool]]:
         """Samples that stand out alone, or several together, and whether strongly: the likeliest guess first."""
         self._run_alone(value)
-        runs = {samples: value(run) for samples, run in self.alone.items() if not run.error}
+        runs = {s: value(run) for s, run in self.alone.items() if not run.error and s not in self._parted}
         runs = {samples: x for samples, x in runs.items() if math.isfinite(x)}
         order = sorted(runs, key=lambda samples: -runs[samples])
         healthy = [value(run) for run in self._healthy_alone if not run.error]
@@ -313,8 +314,9 @@ class _Search:
                     self.alone[part] = self.runs.alone(part)
             large = [part for part in parts if len(part) > 1 and worth(self.alone[part])]
             large.sort(key=lambda part: -float(worth(self.alone[part])))
-            for part in large[:2]:
+            for part in large[:EXPANDED]:
                 groups.append(part)
+                self._parted.add(part)
 
     @cached_property
     def _healthy_alone(self) -> list[PartRun]:

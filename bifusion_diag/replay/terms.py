@@ -20,6 +20,7 @@ from bifusion_diag.replay.step import Training
 
 MAX_TERMS = 12  # are differentiated; of more, those that are largest with their weights
 LOSS_KINDS = ("loss-spike", "loss-shift")  # judged by the terms' values
+SPIKES = (*LOSS_KINDS, "gradient-spike", "overflowed-norm")  # come from some term, even where none has jumped
 JUMP = 2.0  # times the contrast's gradient, from which on a term has jumped
 PART = 0.5  # of the strongest term's excess, from which on another is named beside it
 
@@ -114,11 +115,11 @@ def attribute_term(
         now = {name: _weighted(table, name, loss) for name, loss in table.losses.items()}
         before = contrast.losses if contrast is not None else typical or {}
         then = {name: _weighted(table, name, before[name]) for name in now if name in before}
-        return _jumped(now, then, "the weighted loss")
+        return _jumped(now, then, "the weighted loss", always=True)
     now = {name: _norm(table, name, module) for name in table.whole}
     then = {} if contrast is None else {name: _norm(contrast, name, module) for name in contrast.whole}
-    found = _jumped(now, then, "its gradient" if module is None else f"its gradient on {module}")
-    return found or _not_finite(table)
+    what = "its gradient" if module is None else f"its gradient on {module}"
+    return _not_finite(table) or _jumped(now, then, what, always=kind in SPIKES)
 
 
 def _not_finite(table: TermTable) -> list[TermShare]:
@@ -132,12 +133,14 @@ def _not_finite(table: TermTable) -> list[TermShare]:
     ]
 
 
-def _jumped(now: Mapping[str, float], then: Mapping[str, float], what: str) -> list[TermShare]:
-    """Terms by how much more of it there is now than in the contrast."""
+def _jumped(now: Mapping[str, float], then: Mapping[str, float], what: str, *, always: bool) -> list[TermShare]:
+    """Terms by how much more of it there is now than in the contrast; the largest, if `always`, where none is more."""
     now = {name: value for name, value in now.items() if value > 0}
     ratio = {name: value / max(then.get(name, 0.0), 1e-12 * value) for name, value in now.items()}
     excess = {name: value - then.get(name, 0.0) for name, value in now.items()}
     if not any(name in then and ratio[name] >= JUMP for name in now):
+        if not always:
+            return []
         excess = dict(now)  # no term differs from the contrast: the largest are what there is to say
         ratio = dict.fromkeys(now, 1.0)
     whole = sum(max(value, 0.0) for value in excess.values())

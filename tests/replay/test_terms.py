@@ -203,6 +203,7 @@ def test_where_the_healthy_step_is_as_bad_the_largest_term_is_named():
     bad = table_of({"a": 1.0, "b": 1.0}, {"a": 1.0, "b": 900.0})
     assert [share.name for share in attribute_term(bad, "gradient-spike", bad)] == ["b"]
     assert [share.name for share in attribute_term(bad, "gradient-spike")] == ["b"]
+    assert attribute_term(bad, "alpha-collapse", bad) == []
 
 
 def test_of_a_loss_spike_the_weighted_values_count():
