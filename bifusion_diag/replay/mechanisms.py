@@ -150,7 +150,12 @@ MECHANISMS: dict[str, Mechanism] = {
             "the weights are not those that the last update left, so that even the last healthy batch is bad now",
             ("skip-step",),
         ),
-        Mechanism("detached", "A part is cut off from the loss", "its output reaches the loss without a graph", ()),
+        Mechanism(
+            "detached",
+            "A part is cut off from the loss",
+            "its output reaches the loss without a graph, or not at all",
+            (),
+        ),
         Mechanism("frozen", "A part was frozen", "its parameters do not require a gradient any more", ()),
         Mechanism(
             "dead-units",

@@ -71,7 +71,7 @@ def _part_does_not_learn(facts: Facts, choice: Choice) -> Verdict | None:
     if facts.kind not in GRAPH:
         return None
     trigger, cause = facts.plain.triggers[0], choice.cause
-    module = trigger.module or "a part"
+    module = f"module {trigger.module}" if trigger.module else "a part"
     mine = [name for name in facts.training.parameters() if _inside(name, trigger.module)]
     if facts.kind == "frozen-module" or (cause is not None and cause.op == "requires_grad=False"):
         return _verdict("frozen", f"{module} requires no gradient any more", {"parameters": ", ".join(mine[:4])})
@@ -86,6 +86,8 @@ def _part_does_not_learn(facts: Facts, choice: Choice) -> Verdict | None:
             return _verdict("zero-lr", f"{module} gets a gradient of norm {norm:.3g}", numbers)
         return Verdict(UNKNOWN, _sentence(trigger.message), numbers)
     if cause is not None and cause.direction == "graph" and (facts.kind == "detached-module" or cause.op):
+        if cause.op in ("unused", "not run"):
+            return _verdict("detached", f"the loss does not depend on {module}, which is {cause.op}")
         where = f" at {cause.op}" if cause.op else ""
         line = f" ({cause.source})" if cause.source else ""
         return _verdict("detached", f"the gradient of {module} ends{where}{line}", {"ends at": cause.source})
@@ -188,9 +190,9 @@ def _not_finite(facts: Facts, choice: Choice) -> Verdict | None:
         return _verdict("nonfinite-input", text, {"input": cause.parameter, "bad values": given.bad if given else None})
     if cause.direction == "update":
         if cause.parameter in dict(facts.training.model.named_buffers()):
-            return _verdict("poisoned-buffers", f"{cause.parameter} was bad before the step began", poisoned)
+            return _verdict("poisoned-buffers", f"the buffer {cause.parameter} was bad before the step began", poisoned)
         changed = " and was changed outside an update" if facts.vitals.outside else ""
-        text = f"{cause.parameter} is not finite when the step begins{changed}"
+        text = f"the weight {cause.parameter} is not finite when the step begins{changed}"
         return _verdict("nonfinite-weights", text, {"weights": cause.parameter} | poisoned)
     origin = _origin(facts)
     mechanism = mechanism_of(origin, cause.op, facts)
@@ -307,14 +309,11 @@ def _hooked(facts: Facts, choice: Choice) -> Verdict | None:
 
 def _few_rows(facts: Facts, choice: Choice) -> Verdict | None:
     rows, variance = facts.census.get("batch norm rows"), facts.census.get("batch norm variance")
-    if facts.kind not in SPIKES and facts.kind != "nonfinite-gradient":
+    if rows is None or rows.value > FEW_ROWS or facts.kind not in (*SPIKES, "nonfinite-gradient"):
         return None
     named = choice.cause is not None and "batchnorm" in (choice.cause.op or "").lower().replace("_", "")
-    if (
-        rows is None
-        or rows.value > FEW_ROWS
-        or not (named or _unusual(facts, "batch norm rows", "batch norm variance"))
-    ):
+    unusual = facts.kind in SPIKES and _unusual(facts, "batch norm rows", "batch norm variance")
+    if not (named or unusual):
         return None
     gain = f", a gain of {1 / math.sqrt(variance.value + 1e-5):.3g}" if variance is not None else ""
     text = f"BatchNorm in train mode took its statistics of {rows.value:.0f} rows in {rows.module}{gain}"
@@ -442,7 +441,7 @@ def _jump(choice: Choice) -> dict[str, Any]:
 def _sentence(text: str) -> str:
     """Begun with a capital, unless with a name, and ended with a full stop."""
     first = text.split(" ", 1)[0]
-    return (text[:1].upper() + text[1:] if first.isalpha() and len(first) > 1 else text).rstrip(".") + "."
+    return (text[:1].upper() + text[1:] if first.isalpha() else text).rstrip(".") + "."
 
 
 def _list(names: Sequence[str]) -> str:
