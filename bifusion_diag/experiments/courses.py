@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bifusion_diag.config import Settings, settings_from_dict
+from bifusion_diag.config.settings import DataSettings
 from bifusion_diag.data import Batch, BatchLoader
 from bifusion_diag.errors import UserError
 from bifusion_diag.experiments.rebuild import Parts, parts_of, settings_of
@@ -111,6 +112,7 @@ class OwnRun:
         self._layout = _layout(model)
         self.guilty = {sample.name for sample in capsule.incident.samples if sample.name is not None}
         self._own: Batch = capsule.batch()
+        self._servers: dict[DataSettings, Callable[[int], Batch]] = {}  # of changed settings
         notes = []
         if (ranks := capsule.content.get("ranks", 1)) > 1:
             notes.append(f"of {ranks} processes, this one's batches and gradients alone")
@@ -164,14 +166,18 @@ class OwnRun:
     def _part(self, settings: Settings, ahead: int, excluded: set[str]) -> Batch:
         data = settings.data.model_copy(update={"exclude": self.settings.data.exclude})
         if data != self.settings.data:
-            batch = _server(self.settings.model_copy(update={"data": data}), self.capsule)(ahead)
+            batch = self._server_of(data)(ahead)
         else:
             batch = self._served(ahead) if ahead else self._own
         rest = without(batch, excluded)
         if rest is None:
-            data = data.model_copy(update={"exclude": settings.data.exclude})
-            rest = _server(self.settings.model_copy(update={"data": data}), self.capsule)(ahead)
+            rest = self._server_of(settings.data)(ahead)
         return rest
+
+    def _server_of(self, data: DataSettings) -> Callable[[int], Batch]:
+        if data not in self._servers:
+            self._servers[data] = _server(self.settings.model_copy(update={"data": data}), self.capsule)
+        return self._servers[data]
 
     def judge(self, model: Segmenter) -> tuple[float | None, dict[str, float]]:
         """The loss by the original criterion, and its raw terms: means over batches that come after the trials."""
@@ -243,7 +249,10 @@ class UserCourse(Course):
         user gives batches, on those after the last step."""
         if self._batches is None:
             guilty = [sample.index for sample in self._capsule.incident.samples]
-            judged = [leave_out(self._whole, guilty) if guilty else copy_batch(self._whole)]
+            try:
+                judged = [leave_out(self._whole, guilty) if guilty else copy_batch(self._whole)]
+            except UserError:  # it holds nothing else
+                judged = [copy_batch(self._whole)]
         else:
             judged = [self._batches(self._capsule.step + self._steps + 1 + place) for place in range(JUDGED)]
         torch.manual_seed(_SEED)

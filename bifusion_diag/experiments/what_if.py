@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -290,12 +291,13 @@ def remedy_text(result: WhatIf, trial: Trial) -> str:
         for parent in parents:
             node = node.setdefault(parent, {})
         node[leaf] = list(value) if isinstance(value, tuple) else value
+    settings = result.capsule.settings
     about = [
         f"Step {result.capsule.step}: {result.capsule.incident.message}",
         f"What helped best of what settings can do: {trial.change.name}.",
         f"In {result.steps + 1} steps: {result_text(trial)}.",
         *(f"It gives up {lost}." for lost in trial.change.gives_up),
-        f"bifusion-diag train --model {result.capsule.settings.get('preset', 'PRESET')} --config {REMEDY_FILE} ...",
+        f"bifusion-diag train --model {settings['preset']} --scale {settings['scale']} --config {REMEDY_FILE} ...",
     ]
     comment = "".join(f"# {line}\n" for text in about for line in text.splitlines())
     return comment + yaml.safe_dump(nested, sort_keys=False, allow_unicode=True)
@@ -361,7 +363,8 @@ def print_result(console: Console, result: WhatIf) -> None:
     for line in best.change.code:
         console.print(Text(line))
     if result.remedy is not None:
-        patch = " ".join(f"--set {key}={value}" for key, value in result.remedy.change.patch.items())
+        pairs = [f"{key}={_yaml(value)}" for key, value in result.remedy.change.patch.items()]
+        patch = " ".join(f"--set {shlex.quote(pair)}" for pair in pairs)
         console.print(Text(f"Settings: {patch}"))
 
 
@@ -405,6 +408,11 @@ def _change(one: Remedy, settings: remedies.Settings, incident: Incident) -> Cha
 def _action_of(patch: Mapping[str, Any]) -> Action:
     """What settings change around the update that the course does not do by itself."""
     return Action(skip=patch.get("incidents.policy") == "skip")
+
+
+def _yaml(value: Any) -> str:
+    """A value as --set reads it, on one line."""
+    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
 
 
 def _user_code(entry: str, build: Callable[[], Training]) -> UserCode:

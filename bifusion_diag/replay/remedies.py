@@ -319,7 +319,7 @@ REMEDIES: dict[str, Remedy] = {
             "one NaN in one gradient makes every gradient NaN when the norm is clipped",
             action=lambda incident: Action(zero_bad=True),
             code="for p in model.parameters():\n    if p.grad is not None: p.grad.nan_to_num_(0, 0, 0)",
-            gives_up="it hides where they come from",
+            gives_up="the sight of where they come from",
             documented=False,
         ),
         Remedy(

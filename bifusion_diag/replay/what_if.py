@@ -68,6 +68,7 @@ class Change:
             self.action | other.action,
             (*self.gives_up, *other.gives_up),
             (*self.code, *other.code),
+            "; ".join(f"{part.name}: {part.refused}" for part in (self, other) if part.refused),
         )
 
 
@@ -203,7 +204,13 @@ def follow(course: Course, change: Change, steps: int = STEPS, previous: Sequenc
             break
     marked = [replace(step, spike=spike) for step, spike in zip(done, _spikes(done, previous), strict=True)]
     bad_state = tuple(name for name, value in _state(training.model) if not _finite(value))
-    loss, terms = (None, {}) if error or bad_state else course.yardstick()
+    loss: float | None = None
+    terms: dict[str, float] = {}
+    if not (error or bad_state):
+        try:
+            loss, terms = course.yardstick()
+        except Exception as raised:
+            error = f"the yardstick: {type(raised).__name__}: {raised}"
     return Trial(change, tuple(marked), loss, terms, bad_state, error=error)
 
 

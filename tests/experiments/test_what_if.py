@@ -20,6 +20,7 @@ from bifusion_diag.errors import UserError
 from bifusion_diag.experiments.courses import joined, patched, without
 from bifusion_diag.experiments.what_if import (
     WhatIf,
+    print_result,
     requested,
     resolve_key,
     save,
@@ -161,6 +162,10 @@ def test_the_best_remedy_becomes_a_config_file(nan_scene: Ran) -> None:
     assert [step.finite for step in trials["skip-step"].steps] == [False, True, True]
     assert (trials["drop-sample"].nonfinite, trials["drop-sample"].bad_state) == (0, ())
     assert [trial.change.name for trial in result.helps] == ["drop-sample", "skip-step"]
+    console = Console(file=io.StringIO(), width=200)
+    print_result(console, result)
+    assert f"--set 'data.exclude=[{guilty}]'" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert load_settings(overrides=[f"data.exclude=[{guilty}]"]).data.exclude == (guilty,)
     files = save(result)
     assert [file.name for file in files] == ["what_if.json", "remedy.yaml"]
     settings = load_settings("baseline-5cm", scale="small", config=files[1], overrides=list(TINY))
@@ -215,6 +220,14 @@ def test_data_that_is_not_there_any_more_is_said(tmp_path: Path) -> None:
     result = try_remedies(read_capsule(ran.capsule), ["lower-lr"], steps=1)
     assert "the capsule's batch is used in every step" in result.note
     assert by_name(result)[AS_IT_WAS].steps[0].loss == ran.losses[AT]
+
+
+def test_changed_data_is_served_from_the_bad_step_on(nan_scene: Ran) -> None:
+    result = try_remedies(read_capsule(nan_scene.capsule), ["data.max_points=200"], steps=1)
+    trial = by_name(result)["data.max_points=200"]
+    assert trial.refused == trial.error == ""
+    assert trial.steps[0].finite  # the run's data, in which nothing was injected
+    assert all(one.steps[0].loss != trial.steps[0].loss for one in result.trials if one is not trial)
 
 
 def test_joined_batches_are_those_of_a_larger_batch() -> None:

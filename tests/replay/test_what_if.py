@@ -233,6 +233,20 @@ def test_the_best_two_are_tried_together_if_that_is_more_than_each() -> None:
     assert len(same) == 3  # clipped twice is clipped
 
 
+def test_a_change_with_a_part_that_does_not_apply_is_not_tried() -> None:
+    whole = Change("a", refused="is so already") | Change("b", action=Action(rate=0.1))
+    trials = try_all(lambda change: BowlCourse(), [whole], steps=1)
+    assert trials[-1].refused == "a: is so already"
+
+
+def test_a_yardstick_that_raises_is_said() -> None:
+    class Bent(BowlCourse):
+        def yardstick(self) -> tuple[float | None, dict[str, float]]:
+            raise ValueError("no batch is left")
+
+    assert follow(Bent(), Change("x"), steps=1).error == "the yardstick: ValueError: no batch is left"
+
+
 def test_a_trial_that_changes_nothing_is_told_from_one_that_does() -> None:
     trials = try_all(lambda change: BowlCourse(), [Change("a", patch={"x": 1}), Change("b", action=Action(rate=2.0))])
     assert {one.change.name: one.same for one in trials} == {"as it was": False, "a": True, "b": False}
