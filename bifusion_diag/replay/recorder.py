@@ -36,6 +36,7 @@ POLICIES: tuple[Policy, ...] = get_args(Policy)
 Event = Callable[[int, str, str, dict[str, Any]], None]
 
 IN_A_ROW = 2  # of bad steps that follow each other at once, so many are taken apart
+DIVERGENCE_EVERY = 5  # steps between comparisons of the ranks' weights
 ALIKE = 20  # of incidents with one kind and place, so many are taken apart in a run
 
 
@@ -130,7 +131,7 @@ class FlightRecorder:
         self._judged = False
         self._in_a_row = 0
         self._alike: dict[tuple[str, str | None, str | None], int] = {}
-        self._said: set[str] = set()
+        self._diverged = False
 
     # --- called by the Monitor -----------------------------------------------------------------------------------
 
@@ -240,9 +241,26 @@ class FlightRecorder:
         return bool(self.detector.judge(vitals))
 
     def _judge(self, vitals: Vitals, optimizer: Optimizer | None) -> None:
-        triggers = self.detector.judge(vitals)
+        triggers = self.detector.judge(vitals) + self._divergence(vitals.step)
         if self._agreed(bool(triggers)):
             self._handle(vitals, triggers, optimizer, updated=False)
+
+    def _divergence(self, step: int) -> list[Trigger]:
+        """Told once, by the ranks that hold other weights than most; of two, by the second."""
+        if world_size() == 1 or self._diverged or step % DIVERGENCE_EVERY:
+            return []
+        digests = gather(self.sentinel.weights_digest())
+        if len(set(digests)) == 1:
+            return []
+        self._diverged = True
+        most = max(digests, key=digests.count)  # of equally many, that of the lowest rank
+        modules = gather(self.sentinel.module_digests())
+        usual = modules[digests.index(most)]
+        mine = [name for name, digest in modules[own_rank()].items() if digest != usual.get(name)]
+        if not mine:
+            return []
+        said = f"rank {own_rank()} holds other weights than rank {digests.index(most)} in {len(mine)} modules"
+        return [Trigger("rank-divergence", f"{said}, first {mine[0]}", module=mine[0])]
 
     def _agreed(self, bad: bool) -> bool:
         """Whether the step is bad on some rank, as all of them know."""
@@ -262,7 +280,8 @@ class FlightRecorder:
         self._triggers = triggers or [Trigger("rank-divergence", "another process has a bad step")]
         loss = math.nan if vitals.total is None else vitals.total
         norm = math.nan if vitals.grad_norm is None else vitals.grad_norm
-        sights = gather(Sight(loss, norm if vitals.local_norm is None else vitals.local_norm))
+        apart = any(trigger.kind == "rank-divergence" for trigger in triggers)
+        sights = gather(Sight(loss, norm if vitals.local_norm is None else vitals.local_norm, apart))
         ranks = where_it_began(sights) if len(sights) > 1 else [0]
         mine = self._explain(vitals, self._triggers, error) if own_rank() in ranks else None
         of_first = gather(None if mine is None else (mine.harmless, self._scenes(mine)))
@@ -371,6 +390,7 @@ class FlightRecorder:
             self._training.model.load_state_dict(snapshot.model)
             for held, state in zip(self._training.optimizers, snapshot.optimizers, strict=True):
                 held.load_state_dict(copy.deepcopy(state))
+            self.sentinel.weights_changed()
 
     def _keep(self, number: int) -> None:
         """Keep a state to go back to; the one before it too, as what goes wrong may have begun before it shows."""

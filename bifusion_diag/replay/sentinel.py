@@ -78,6 +78,7 @@ class Sentinel(Probe):
         self._finder = TermFinder()
         self._model: nn.Module | None = None
         self._is_open = False
+        self._undo: Callable[[], None] | None = None
 
     # --- what it watches -----------------------------------------------------------------------------------------
 
@@ -122,7 +123,6 @@ class Sentinel(Probe):
         self._speeds: NDArray[np.float64] | None = None  # (P,) usual ‖Δw‖ / ‖w‖ / lr
         self._grads = next((probe for probe in subject.probes if isinstance(probe, GradsProbe)), None)
         self._last_measured: Any = None
-        self._undo: Callable[[], None] | None = None
         self._clear()
 
     def _clear(self) -> None:

@@ -24,7 +24,7 @@ from bifusion_diag.errors import UserError
 from bifusion_diag.record import RecordError, RecordReader, load_run
 from bifusion_diag.record.reader import read_state
 from bifusion_diag.training import resume_training
-from bifusion_diag.training.distributed import Sight, where_it_began
+from bifusion_diag.replay.sights import Sight, where_it_began
 from bifusion_diag.training.evaluation import training_source
 
 pytestmark = pytest.mark.slow
@@ -101,7 +101,8 @@ def test_a_nan_of_rank_1_is_told_by_all_with_the_scenes_of_rank_1(two: Results, 
         step, _, message, data = bad[0]
         assert step == 2
         assert (data["rank"], data["ranks"]) == (1, [1])
-        assert "on rank 1; pre-clip grad norm nan" in message
+        assert message.endswith("on rank 1")
+        assert data["incident"]["reproduction"]["identical"] is True
         assert data["terms"]
         assert np.isnan(data["loss"])
         assert np.isfinite(data["local_norms"]).tolist() == [True, False]
@@ -122,7 +123,9 @@ def test_rank_0_alone_evaluates_and_writes_what_there_is_one_of(two: Results, fo
     stems = ("all", "bad", "cut", "evaluated", "gradients", "none", "parts")
     written = {path.name for path in folder.iterdir() if path.suffix != ".pt"}
     kinds = (".json", ".record", ".rank1.record", ".tensorboard", ".checkpoints")
-    assert written == {f"{stem}{kind}" for stem in stems for kind in kinds} - {"gradients.checkpoints"}
+    expected = {f"{stem}{kind}" for stem in stems for kind in kinds} - {"gradients.checkpoints"}
+    assert {name for name in written if not name.endswith(".incidents")} == expected
+    assert "bad.incidents" in written
     assert load_run(folder / "all.json").header.environment["ranks"] == 2
 
 
@@ -161,7 +164,7 @@ def test_an_error_of_one_rank_ends_the_others_and_they_say_whose_it_was(tmp_path
 def test_a_process_that_is_gone_ends_the_others(tmp_path: Path) -> None:
     _, one = run_ranks(rank_runs.vanishing, 2, tmp_path)
     assert one["error"].startswith("RankError: rank 1 cannot go on: another process has ended without a word")
-    assert one["seconds"] < 30
+    assert one["seconds"] < 120  # TIMEOUT is an hour
     assert load_run(tmp_path / "vanishing.rank1.record").status == "failed"
 
 
@@ -212,4 +215,4 @@ def test_torchrun_trains_ends_on_ctrl_c_and_resumes(tmp_path: Path) -> None:
 def test_a_bad_step_began_where_the_loss_then_the_gradient_is_bad_or_largest(
     losses: list[float], norms: list[float], ranks: list[int]
 ) -> None:
-    assert where_it_began([Sight(a, b, [], (), ()) for a, b in zip(losses, norms, strict=True)]) == ranks
+    assert where_it_began([Sight(a, b) for a, b in zip(losses, norms, strict=True)]) == ranks
