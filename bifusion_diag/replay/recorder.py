@@ -311,6 +311,9 @@ class FlightRecorder:
         self._event(incident.step, incident.family, f"{incident.message}{where}", facts | incident.facts())
         self._do(action, updated=updated)
         if action == "stop":
+            if not updated and self._notes is not None:
+                # What is saved now is gone on from with this step: with its random numbers and healthy buffers.
+                self._notes.start.restore(self._training.model)
             raise BadStepError(incident)
 
     def _scenes(self, incident: Incident) -> tuple[list[str], list[list[str]]]:
