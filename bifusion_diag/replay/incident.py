@@ -34,8 +34,7 @@ KINDS: dict[str, str] = {
 #: The kinds under which records of all versions count bad steps.
 NON_FINITE, SPIKE = "non-finite", "spike"
 FAMILY: dict[str, str] = {
-    **dict.fromkeys((kind for kind in KINDS if kind.startswith("nonfinite-")), NON_FINITE),
-    "overflowed-norm": NON_FINITE,
+    **dict.fromkeys(("nonfinite-loss", "nonfinite-gradient", "nonfinite-weights", "overflowed-norm"), NON_FINITE),
     "gradient-spike": SPIKE,
     "loss-spike": SPIKE,
 }
