@@ -279,13 +279,13 @@ class CapsuleWriter:
         if same and of_step is not None and of_step.gradients:
             return {"fingerprint": _bits_json(of_step), "fingerprint_of": "the step", "error": None}
         first = {"first_run": _bits_json(of_step)} if of_step is not None else {}
-        if world_size() > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in training.model.modules()):
-            found = None  # its forward would wait for the other processes
-        else:
-            found = run_again(training, notes)
+        found = run_again(training, notes) if _runs_alone(incident, training) else None
         if found is None or found.missing:
-            own = None if of_step is None or updated else _bits_json(of_step)
-            return {"fingerprint": own, "fingerprint_of": "the step", "error": None, **first}
+            own = None if of_step is None or updated else of_step
+            if own is not None and world_size() > 1:
+                own = Fingerprint(own.losses, {})  # its gradients are the mean over the processes
+            bits = None if own is None else _bits_json(own)
+            return {"fingerprint": bits, "fingerprint_of": "the step", "error": None, **first}
         return {
             "fingerprint": _bits_json(found.bits),
             "fingerprint_of": "the step, run again in its place",
@@ -542,7 +542,8 @@ def _attributes(model: nn.Module, start: State) -> dict[str, dict[str, Any]]:
             for name, value in vars(module).items()
             if name not in OF_ANY_MODULE and _simple(value, held)
         }
-        values |= start.attributes.get(path, {})
+        noted = start.attributes.get(path, {})
+        values |= {name: copy.deepcopy(value) for name, value in noted.items() if _simple(value, held)}
         if values:
             found[plain_name(path)] = values
     return found
@@ -728,7 +729,7 @@ def _tensors(path: Path) -> Callable[[str], Tensor]:
 
     def read(name: str) -> Tensor:
         if not opened:
-            opened.append(safe_open(path, framework="pt").__enter__())
+            opened.append(safe_open(path, framework="pt"))
         found: Tensor = opened[0].get_tensor(name)
         return found
 
@@ -777,6 +778,14 @@ def _lenient(value: Any) -> Any:
     if isinstance(value, list):
         return [_lenient(entry) for entry in value]
     return _NONFINITE.get(value, value) if isinstance(value, str) else value
+
+
+def _runs_alone(incident: Incident, training: Training) -> bool:
+    """Whether a process can run the step without the others: where it would wait for them, nothing is run."""
+    if world_size() == 1:
+        return True
+    synchronous = any(isinstance(module, nn.SyncBatchNorm) for module in training.model.modules())
+    return incident.reproduction.identical is not None and not synchronous
 
 
 def _in_words(error: BaseException) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 _PLAIN = (bool, int, float, str, type(None))
+_SMALL = 1 << 16  # elements
 OF_ANY_MODULE = frozenset(vars(nn.Module()))  # the mode, and whether hooks see whole gradients, which hooks change
 
 
@@ -65,8 +66,14 @@ class State:
         """Put the buffers alone back, as they are when an update is skipped."""
         with torch.no_grad():
             for name, buffer in model.named_buffers():
-                if name in self.buffers:
-                    buffer.copy_(self.buffers[name])
+                noted = self.buffers.get(name)
+                if noted is None:
+                    continue
+                if (noted.shape, noted.dtype) == (buffer.shape, buffer.dtype):
+                    buffer.copy_(noted)
+                else:  # one that grows, such as a memory of features
+                    owner, _, own = name.rpartition(".")
+                    model.get_submodule(owner)._buffers[own] = noted.clone()
 
 
 class StepNotes:
@@ -141,13 +148,19 @@ def _plain(buffer: Tensor) -> bool:
 
 
 def _plain_attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Numbers, words and flags that users' own modules hold; those of PyTorch's layers do not change."""
+    """Numbers, words, flags and small tensors that users' own modules hold; those of PyTorch's layers do not change.
+    Of a tensor the reference is kept: a forward that averages over steps puts another one in its place."""
     return {
         name: {
             attribute: value
             for attribute, value in module.__dict__.items()
-            if isinstance(value, _PLAIN) and attribute not in OF_ANY_MODULE
+            if attribute not in OF_ANY_MODULE and (isinstance(value, _PLAIN) or _small(value))
         }
         for name, module in model.named_modules()
         if not type(module).__module__.startswith("torch.")
     }
+
+
+def _small(value: Any) -> bool:
+    """A tensor that costs nothing to keep: it holds no graph and little memory."""
+    return type(value) is Tensor and not value.requires_grad and value.numel() <= _SMALL

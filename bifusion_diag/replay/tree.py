@@ -109,6 +109,8 @@ class Encoder:
             return {KIND: "dict" if kind is dict else "ordered", "items": items}
         if not isinstance(value, dict):
             return self._lose(path, f"a {class_name(kind)}")
+        if getattr(value, "default_factory", None) is not None:
+            self.lost.append(f"{path} is a {class_name(kind)}, stored without its default")
         fields = {name: self.encode(entry, f"{path}/{name}") for name, entry in getattr(value, "__dict__", {}).items()}
         return {KIND: "mapping", "class": class_name(kind), "items": items, "fields": fields}
 

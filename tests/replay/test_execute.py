@@ -51,6 +51,27 @@ def test_users_capsules_are_bit_identical_in_a_new_process(code: ModuleType, tmp
     assert "3 losses and 6 gradients" in result.stdout
 
 
+def test_incidents_of_users_loops_are_bit_identical_in_a_new_process(code: ModuleType, tmp_path: Path) -> None:
+    def far(batch: Any, model: Any) -> None:
+        batch.images[2] *= 1e6
+
+    def broken(batch: Any, model: Any) -> None:
+        with torch.no_grad():
+            model[0].weight[batch["tokens"][1, 0]] = float("nan")
+
+    arguments = []
+    for name, spoil in {"pictures": far, "words": broken}.items():
+        incidents = code.recorded(name, tmp_path / f"{name}.json", spoil)
+        assert [incident.step for incident in incidents] == [code.STEP], incidents
+        assert incidents[0].reproduction.identical, incidents[0].reproduction
+        assert incidents[0].capsule is not None, incidents[0].capsule_note
+        arguments += [name, incidents[0].capsule]
+    result = subprocess.run([sys.executable, str(FILE), *arguments], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    found = [line.split(" | ")[:2] for line in result.stdout.splitlines()]
+    assert found == [["pictures", "True"], ["words", "True"]], result.stdout
+
+
 def test_a_changed_weight_is_seen_and_named(code: ModuleType, tmp_path: Path) -> None:
     folder, _ = code.written(*code.trained("contrast"), tmp_path / "c")
     capsule = read_capsule(folder)

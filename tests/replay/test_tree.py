@@ -188,6 +188,12 @@ def test_what_cannot_be_stored_is_told(value: Any, word: str, tmp_path: Path) ->
     assert word in lost[0] or word == "meta"
 
 
+def test_a_default_that_is_lost_is_told(tmp_path: Path) -> None:
+    found, lost = through_files(collections.defaultdict(list, a=[1]), tmp_path)
+    assert (type(found), found) == (collections.defaultdict, {"a": [1]})
+    assert lost == ["batch is a collections:defaultdict, stored without its default"]
+
+
 def test_a_value_that_holds_itself_is_told() -> None:
     loop: list[Any] = [1]
     loop.append(loop)

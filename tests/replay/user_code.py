@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bifusion_diag.probes import Monitor
 from bifusion_diag.replay.capsule import CapsuleWriter, read_capsule
 from bifusion_diag.replay.execute import replay_capsule, training_of
 from bifusion_diag.replay.incident import Incident, Trigger
 from bifusion_diag.replay.notes import StepNotes
+from bifusion_diag.replay.recorder import BadStepError, FlightRecorder
 from bifusion_diag.replay.step import Training
 
 STEP = 17
@@ -157,6 +160,31 @@ def written(training: Training, notes: StepNotes, folder: Path, **options: Any) 
     writer = CapsuleWriter(5, "1 GB", settings={"lr": 0.01, "odd": float("nan")}, **options)
     writer.open(training.model, folder)
     return writer.write(an_incident(), training, notes, None)
+
+
+def recorded(name: str, out: Path, spoil: Any) -> list[Incident]:
+    """A loop as users write it, with a batch that is spoilt at its step; what the flight recorder found."""
+    torch.manual_seed(5)
+    training = globals()[name]({"lr": 0.01})
+    recorder = FlightRecorder(training.step, settings={"lr": 0.01}, on_incident="stop")
+    with Monitor(training.model, training.optimizers, [], out, scaler=training.scaler, recorder=recorder) as monitor:
+        for number in range(STEP + 1):
+            batch = WORKLOADS[name]()
+            if number == STEP:
+                spoil(batch, training.model)
+            with suppress(BadStepError), monitor.step(batch):
+                total = training.loss(batch).total
+                assert total is not None
+                if training.scaler is None:
+                    total.backward()
+                else:
+                    training.scaler.scale(total).backward()
+                for optimizer in training.optimizers:
+                    optimizer.step() if training.scaler is None else training.scaler.step(optimizer)
+                if training.scaler is not None:
+                    training.scaler.update()
+            training.model.zero_grad()
+    return recorder.incidents
 
 
 if __name__ == "__main__":  # replays capsules of another process: <workload> <folder> ...
