@@ -140,13 +140,17 @@ def range_of(values: Any) -> Range:
 
 @torch.no_grad()
 def tensor_range(tensor: Tensor) -> Range:
-    """:func:`range_of` one tensor. One pass over its memory where all is finite."""
-    if tensor.is_meta:
+    """:func:`range_of` one tensor. One pass over its memory where all is finite. What has no numbers of its own, such
+    as a tensor on the meta device, or none that can be compared, has no range."""
+    if tensor.is_meta or tensor._is_zerotensor():
         return None, 0
-    x = numbers(tensor.detach())
-    if x.numel() == 0:
+    try:
+        x = numbers(tensor.detach())
+        if x.numel() == 0:
+            return None, 0
+        low, high = map(float, torch.aminmax(x)) if x.is_cpu else torch.stack(torch.aminmax(x)).double().tolist()
+    except RuntimeError:  # subclasses and types without that operation
         return None, 0
-    low, high = map(float, torch.aminmax(x)) if x.is_cpu else torch.stack(torch.aminmax(x)).double().tolist()
     if math.isfinite(low) and math.isfinite(high):
         return max(abs(low), abs(high)), 0
     finite = x.isfinite()

@@ -201,7 +201,7 @@ class OpWatch(TorchDispatchMode):
             return func(*args, **kwargs)
         inputs = [t for t in tree_leaves((args, kwargs)) if _floating(t)]
         written = _written(func, args, kwargs) if func._schema.is_mutable or "norm" in name else []
-        before = {id(t): _is_bad(t) for t in written}
+        before = {id(t): (bad := _is_bad(t), bad and _has_nan(t)) for t in written}
         absmax = self._largest(inputs) if self._ranges else None
         constants = [value for value in tree_leaves((args, kwargs)) if isinstance(value, float)]
         output = func(*args, **kwargs)
@@ -214,7 +214,7 @@ class OpWatch(TorchDispatchMode):
         name: str,
         place: _Place,
         inputs: list[Tensor],
-        before: dict[int, bool],
+        before: dict[int, tuple[bool, bool]],  # by id of what was changed in place: whether it was bad, and NaN
         outputs: list[Tensor],
         absmax: float | None,
         constants: Sequence[float],
@@ -229,14 +229,15 @@ class OpWatch(TorchDispatchMode):
         bad = [t for t, (_, count) in zip(outputs, ranges, strict=True) if count]
         if not bad:
             return
-        bad_inputs = [t for t in inputs if (before[id(t)] if id(t) in before else _is_bad(t))]
+        bad_inputs = [t for t in inputs if (before[id(t)][0] if id(t) in before else _is_bad(t))]
         sources: set[int] = set()
         for tensor in bad_inputs:
             if tensor.dim() or storage_of(tensor) in self._bad or storage_of(tensor) in self._leaves:
                 sources |= self._known(tensor, place)
-        nan = any(bool(t.isnan().any()) for t in map(numbers, bad))
+        nan = any(map(_has_nan, bad))
+        made_nan = nan and not any(before[id(t)][1] if id(t) in before else _has_nan(t) for t in bad_inputs)
         meant = all(self.origins[i].written for i in sources)
-        if not sources or (meant and nan and (name in OF_MASKS or "attention" in name)):
+        if not sources or (meant and made_nan and (name in OF_MASKS or "attention" in name)):
             count = sum(count for _, count in ranges)
             given = tuple(_argument(t) for t in inputs if id(t) not in before)
             constant = name in WRITERS and (bool(bad_inputs) or math.inf in constants or -math.inf in constants)
@@ -251,7 +252,7 @@ class OpWatch(TorchDispatchMode):
         storage = storage_of(tensor)
         if storage not in self._bad:
             values = numbers(tensor)
-            nan = bool(values.isnan().any())
+            nan = _has_nan(tensor)
             count = tensor_range(tensor)[1]
             leaf = self._leaves.get(storage)
             if leaf is None and self._suspect is not None and place.node is None:
@@ -361,6 +362,10 @@ def _floating(value: Any) -> bool:
 
 def _is_bad(tensor: Tensor) -> bool:
     return tensor_range(tensor)[1] > 0
+
+
+def _has_nan(tensor: Tensor) -> bool:
+    return bool(numbers(tensor).isnan().any())
 
 
 def _is_mask(inputs: Sequence[Tensor]) -> bool:

@@ -29,6 +29,8 @@ def test_ranges_of_all_kinds() -> None:
     assert tensor_range(sparse) == (7.0, 1)
     assert range_of({"a": (BAD, None, [sparse]), "b": torch.arange(100)}) == (7.0, 4)
     assert range_of("nothing") == (None, 0)
+    assert tensor_range(torch._efficientzerotensor(3)) == (None, 0)
+    assert tensor_range(torch.empty(3, device="meta")) == (None, 0)
     assert tensor_range(torch.tensor([1e300, -1e308], dtype=torch.float64)) == (1e308, 0)
 
 

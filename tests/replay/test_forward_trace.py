@@ -232,7 +232,7 @@ def test_infinities_that_were_written_are_to_blame_for_nan_elsewhere() -> None:
     """BatchNorm makes NaN of them, also of its own averages, and only a mask may hold them."""
     model = nn.Sequential(nn.Conv1d(1, 4, 3), nn.BatchNorm1d(4), nn.Conv1d(4, 1, 1))
     model[0].register_forward_hook(lambda m, i, y: y.index_fill(1, torch.tensor([2]), float("inf")))  # filled
-    found = trace(model, torch.randn(4, 1, 9)).cause()
+    found = trace(model, torch.randn(4, 1, 9), loss=lambda y: (y + 1).softmax(1).square().mean()).cause()
     assert found is not None
     assert found.module == "0"
     assert found.source is not None
