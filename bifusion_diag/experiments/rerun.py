@@ -65,7 +65,7 @@ class Rerun:
         compared: steps compared, by series; of "weights", how often.
         difference: the first one. None: everything that could be compared is the same to the bit.
         reasons: why it may differ; empty without a difference.
-        lines: all of it in words.
+        lines: all of it in words; of several processes, rank 0 has them.
     """
 
     out: Path
@@ -135,12 +135,13 @@ def rerun(
         new = RecordReader(record_folder(out, own_rank()))
         compared, found = _compare(recorded, digests, new, first)
         found = min((one for one in gather(found) if one is not None), default=None, key=lambda one: one.order)
+        speaks = own_rank() == 0
     last = int(new.steps[-1]) if len(new.steps) else first - 1
     difference = None if found is None else found.difference
     where = None if checkpoint is None else checkpoint.folder
     reasons = [] if difference is None else _reasons(recorded, new, difference, where)
     lines = _lines(recorded, compared, difference, reasons, first, last, begin, where)
-    return Rerun(out, first, last, where, compared, difference, reasons, lines)
+    return Rerun(out, first, last, where, compared, difference, reasons, lines if speaks else [])
 
 
 def rerun_command(path: Path, *, steps: str | None, probes: Sequence[str], out: Path | None, console: Console) -> int:
@@ -157,7 +158,7 @@ def rerun_command(path: Path, *, steps: str | None, probes: Sequence[str], out: 
         The exit code: 0 identical, 1 not identical or nothing to compare with.
     """
     found = rerun(path, steps=_parsed(steps), probes=probes, out=out, console=Console(stderr=True))
-    if not own_rank():
+    if found.lines:
         for line in [*found.lines, f"recorded in {found.out}"]:
             console.print(line, soft_wrap=True, highlight=False, markup=False, emoji=False)
     return 0 if found.identical else 1
