@@ -33,7 +33,8 @@ class Bounds:
             or a norm must lie above its median. Six, as for spikes.
         loss_factor: a spike of a loss is this many times the median of its recent past. A hard batch reaches 3.
         shift_steps: so many steps in a row above all before are a shift. By chance: once in 50 million windows.
-        shift_factor: how far above the median, where the gradient has grown as well: by `shift_gradient`.
+        shift_factor: how far above the recent median, where the gradient has grown as well, by `shift_gradient`: wrong
+            labels do both.
         shift_alone: how far, where it has not. New label smoothing raises a loss of 0.5 to some 1.2.
         shift_gradient: see `shift_factor`.
         module_factor: a module's gradient norm by its median. Tiny modules swing far more than the whole does; 50 is
@@ -61,7 +62,7 @@ class Bounds:
     deviations: float = 6.0
     loss_factor: float = 5.0
     shift_steps: int = 5
-    shift_factor: float = 2.0
+    shift_factor: float = 1.5
     shift_alone: float = 4.0
     shift_gradient: float = 1.5
     module_factor: float = 50.0
@@ -122,7 +123,7 @@ class Detector:
         self._told: set[str] = set()
         self._rates: dict[str, float] = {}
         self._weights: dict[str, float] = {}
-        self._calm = 0  # steps since a learning rate was raised
+        self._calm = WINDOW  # steps since a learning rate was raised
         self._overflows = 0
 
     # --- judging -------------------------------------------------------------------------------------------------
@@ -303,7 +304,9 @@ class Detector:
             before = self._shifted(v, term)
             if before is not None and key not in self._told:
                 n = self.bounds.shift_steps
-                message = f"loss term {term} has been {v.terms[term]:.3g} or so for {n} steps, above all that it was"
+                message = (
+                    f"loss term {term} has been {v.terms[term]:.3g} or so for {n} steps, above all {2 * RECENT} before"
+                )
                 yield Trigger(
                     "loss-shift",
                     f"{message}; its median was {before:.3g}",
@@ -323,16 +326,18 @@ class Detector:
         new, old = every[-n:], every[:-n]
         if not all(map(math.isfinite, new)) or min(old) <= 0:
             return None
-        before, most = statistics.median(old), max(old)
+        before = past.recent(n - 1)
         growth = statistics.median(new) / before
-        ramp = sum(new[-2:]) > 1.5 * sum(new[:2])
-        if min(new) <= 1.3 * max(old[-2 * RECENT :]) or min(new) <= most or ramp:
+        ramp = sum(new[-2:]) > 1.5 * sum(new[:2])  # a weight that rises by schedule
+        if (
+            min(new) <= 1.1 * max(old[-2 * RECENT :])
+            or ramp
+            or past.surprise(statistics.median(new), n - 1) <= bounds.deviations
+        ):
             return None
-        norms = self._total.previous
-        if v.grad_norm is None or len(norms) < len(old[-RECENT:]) + n:
-            gradient = 1.0
-        else:
-            gradient = statistics.median([*norms[-n + 1 :], v.grad_norm]) / statistics.median(norms[: -n + 1])
+        norms = [*self._total.previous, v.grad_norm or 0.0]
+        known = len(norms) > n + bounds.previous
+        gradient = statistics.median(norms[-n:]) / statistics.median(norms[-2 * RECENT - n : -n]) if known else 1.0
         enough = growth > bounds.shift_alone or (growth > bounds.shift_factor and gradient > bounds.shift_gradient)
         return before if enough else None
 
@@ -749,17 +754,21 @@ class _Series:
     def median(self) -> float:
         return statistics.median(self.every)
 
-    def recent(self) -> float:
-        return statistics.median(list(self.every)[-2 * RECENT :])
+    def recent(self, leave_out: int = 0) -> float:
+        """Median of the last values but some."""
+        return statistics.median(self._but(leave_out)[-2 * RECENT :])
+
+    def _but(self, last: int) -> list[float]:
+        return list(self.every)[: len(self.every) - last]
 
     def largest(self, last: int = WINDOW) -> float:
         return max(list(self.every)[-last:])
 
-    def surprise(self, value: float) -> float:
+    def surprise(self, value: float, leave_out: int = 0) -> float:
         """Robust standard deviations that the logarithm of a value lies above the recent median's. The deviation is
         that of one step to the next, which a trend does not widen."""
-        logs = [math.log(max(x, 1e-300)) for x in self.every]
-        return (math.log(value) - math.log(max(self.recent(), 1e-300))) / max(_spread(logs), LEAST_SPREAD)
+        logs = [math.log(max(x, 1e-300)) for x in self._but(leave_out)]
+        return (math.log(value) - math.log(max(self.recent(leave_out), 1e-300))) / max(_spread(logs), LEAST_SPREAD)
 
     def height(self, value: float) -> float:
         """The same of the value itself, which may be negative."""
