@@ -283,17 +283,18 @@ def test_training_is_what_it_is_without() -> None:
 
 
 def test_digest_of_weights() -> None:
-    def digest(model: nn.Module) -> str:
-        watch = one_step(model, images(0), lambda batch: 0 * model(batch[0]).sum())
-        return watch.sentinel.weights_digest()
+    def sentinel(model: nn.Module) -> Sentinel:
+        return one_step(model, images(0), lambda batch: 0 * model(batch[0]).sum()).sentinel
 
     torch.manual_seed(0)
     model, other = Classifier(), Classifier()
     other.load_state_dict(model.state_dict())
-    assert digest(model) == digest(other) != ""
+    assert sentinel(model).weights_digest() == sentinel(other).weights_digest() != ""
     with torch.no_grad():
         other.head.weight[0, 0] += 1e-3
-    assert digest(model) != digest(other)
+    assert sentinel(model).weights_digest() != sentinel(other).weights_digest()
+    mine, others = sentinel(model).module_digests(), sentinel(other).module_digests()
+    assert [name for name in mine if mine[name] != others[name]] == ["head"]
 
 
 def test_before_the_first_step_nothing_is_known() -> None:
