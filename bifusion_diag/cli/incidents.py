@@ -83,15 +83,17 @@ def print_replay(console: Console, replay: Replay, *, nothing: str = "nothing to
 def print_trace(console: Console, trace: Sequence[ModuleTrace], incident: Incident) -> None:
     """Every call of a module in order of execution: how large numbers go in and come out, and the gradients that
     arrive. The bar is the output's order of magnitude; the module where it began is marked."""
-    bar = _BAR if console.width >= 110 else _BAR // 3
+    wide = console.width >= 110
+    bar = _BAR if wide else _BAR // 3
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
     table.add_column("", no_wrap=True)
-    table.add_column("module", overflow="fold", min_width=min(16, max((len(row.name) for row in trace), default=0)))
-    table.add_column("type", no_wrap=True, max_width=16)
+    table.add_column("module", overflow="fold")
+    if wide:
+        table.add_column("type", no_wrap=True)
     for title in ("|in|", "|out|"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("log |out|"[: bar + 1], no_wrap=True, min_width=bar)
-    table.add_column("grad norm", justify="right", no_wrap=True)
+    table.add_column("grad norm", justify="right", no_wrap=True, min_width=9)
     low, high = _orders(trace)
     cause = incident.cause.module if incident.cause is not None else None
     forward_said = False
@@ -103,7 +105,7 @@ def print_trace(console: Console, trace: Sequence[ModuleTrace], incident: Incide
         table.add_row(
             mark,
             Text(row.name),
-            Text(row.type, style="dim"),
+            *([Text(row.type, style="dim")] if wide else []),
             _range(row.input_absmax, row.input_bad),
             _range(row.output_absmax, row.output_bad),
             Text("█" * _length(row.output_absmax, low, high, bar), style="red" if row.output_bad else "cyan"),

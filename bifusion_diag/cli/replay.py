@@ -32,8 +32,8 @@ def replay(
     entry: Annotated[
         str | None,
         typer.Option(
-            help="Of your own code: module:function or file.py:function. It is given the run's settings, and as `state` "
-            "what FlightRecorder(state=...) returned if it has such a parameter; it returns (model, step) or "
+            help="Of your own code: module:function or file.py:function. It is given the run's settings, and as "
+            "`state` what FlightRecorder(state=...) returned if it has such a parameter; it returns (model, step) or "
             "(model, step, optimizer)."
         ),
     ] = None,
