@@ -5,7 +5,8 @@ stands out there is a suspect; guilty is only what heals the step when it is lef
 does not. Where the last healthy batch is bad at these weights too, or all samples are alike, it is not the data.
 
 BatchNorm in train mode makes a sample alone another thing than in its batch, and refuses one value a channel. Alone,
-samples therefore run with the statistics that the last healthy batch gives, or else with the running ones.
+samples therefore run with the statistics that the last healthy batch gives, or else with the running ones. What is too
+large is judged like that throughout, as each sample that is left out changes the statistics for all others.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ GAP = 2.0  # times as far above that median as the first that is not guilty
 ABOVE_HEALTHY = 1.5  # times the largest of the healthy batch's samples
 GROWN = 2.0  # times what the healthy batch gives: the step is bad in this
 HEALED = 0.35  # of what it is more may be left without the guilty
-HEALED_NORMS = 0.65  # the same where BatchNorm takes its statistics of the batch: a few samples less change all others
-STRONG = 10.0  # times all others: a sample that stands out so much needs no counter-check where BatchNorm blurs it
+HEALED_TRULY = 0.85  # and this much of that
+GROWN_TRULY = 1.8  # times, of the step as it ran, where it is judged with BatchNorm held
 FAR_OUT = 10.0  # times the largest absolute value in all other samples
 
 Value = Callable[[PartRun], float]
@@ -194,9 +195,13 @@ class _Search:
     def _by_value(
         self, values: dict[str, Value], whole: PartRun, healthy: PartRun | None
     ) -> tuple[dict[int, str], str]:
-        then = {
-            name: math.nan if healthy is None or healthy.error else value(healthy) for name, value in values.items()
-        }
+        truly, usual = whole, healthy
+        if self.runs.steadies and self.size > 1:
+            values = {n: v for n, v in values.items() if not v(whole) < GROWN_TRULY * _usual(v, healthy)}
+            whole = self.runs.alone(range(self.size))
+            if healthy is not None:
+                healthy = self.runs.alone(range(self.runs.healthy_size), of_healthy=True)
+        then = {name: _usual(value, healthy) for name, value in values.items()}
         grown = {name: value for name, value in values.items() if not value(whole) < GROWN * then[name]}
         if not grown:
             return {}, "the last healthy batch gives as much at these weights"
@@ -206,30 +211,31 @@ class _Search:
             return self._only_one(None if math.isnan(then[first]) else much)
         tried: set[tuple[int, ...]] = set()
         for name, value in grown.items():
-            healed = partial(
-                _is_healed, value, value(whole), then[name], HEALED_NORMS if self.runs.steadies else HEALED
-            )
-            for suspects, strong in (*self._outlying(value), (tuple(self._far_out), False)):
+            healed = partial(_is_healed, value, value(whole), then[name])
+            for suspects in (*self._outlying(value), tuple(self._far_out)):
                 if suspects and suspects not in tried and 2 * len(suspects) <= self.size:
                     tried.add(suspects)
-                    if self._heals(suspects, healed, check=not (strong and self.runs.steadies)):
+                    better = partial(_is_healed, value, value(truly), _usual(value, usual), left=HEALED_TRULY)
+                    if self._heals(suspects, healed, steady=self.runs.steadies) and (
+                        not self.runs.steadies or better(self.runs.without(suspects))
+                    ):
                         return self._said(suspects, name, values, value(whole)), ""
         failed = sum(bool(run.error) for run in self.alone.values())
         guilty: list[int] = []
         if self.size <= LEFT_OUT or 2 * failed > len(self.alone):
             value = grown[first]
-            guilty = self._left_out_in_turn(partial(_is_healed, value, value(whole), then[first], HEALED))
+            guilty = self._left_out_in_turn(partial(_is_healed, value, value(whole), then[first]))
         end = f"without {_them(guilty)} the step's {first} is no longer {value(whole):.3g}"
         return dict.fromkeys(guilty, end), "no sample stands out and heals the step when it is left out"
 
-    def _outlying(self, value: Value) -> list[tuple[tuple[int, ...], bool]]:
-        """Samples that stand out alone, or several together, and whether strongly: the likeliest guess first."""
+    def _outlying(self, value: Value) -> list[tuple[int, ...]]:
+        """Samples that stand out alone, several if they do together: the likeliest guess first."""
         self._run_alone(value)
         runs = {s: value(run) for s, run in self.alone.items() if not run.error and s not in self._parted}
         runs = {samples: x for samples, x in runs.items() if math.isfinite(x)}
         order = sorted(runs, key=lambda samples: -runs[samples])
         healthy = [value(run) for run in self._healthy_alone if not run.error]
-        found: list[tuple[float, tuple[int, ...], bool]] = []
+        found: list[tuple[float, tuple[int, ...]]] = []
         for count in range(1, max(1, (len(order) - 1) // 2) + 1):
             top, rest = order[:count], np.array([runs[samples] for samples in order[count:]])
             if not len(rest) or any(len(samples) > 1 for samples in top):
@@ -239,13 +245,13 @@ class _Search:
             excess, next_excess = runs[top[-1]] - middle, max(float(rest.max()) - middle, 0.0)
             above_healthy = not healthy or excess > ABOVE_HEALTHY * (max(healthy) - middle)
             if excess > max(OUTLIER * deviation, GAP * next_excess, abs(middle)) and above_healthy:
-                strong = runs[top[-1]] > STRONG * max([float(rest.max()), *healthy])
-                found.append((excess / max(next_excess, deviation, 1e-300), tuple(s for (s,) in top), strong))
-        return [(samples, strong) for _, samples, strong in sorted(found, reverse=True)]
+                found.append((excess / max(next_excess, deviation, 1e-300), tuple(s for (s,) in top)))
+        return [samples for _, samples in sorted(found, reverse=True)]
 
     def _said(self, guilty: Sequence[int], name: str, values: dict[str, Value], now: float) -> dict[int, str]:
         rest = self._without[tuple(guilty)]
         end = f"without {_them(guilty)} the step's {name} is {values[name](rest):.3g} instead of {now:.3g}"
+        end += ", BatchNorm's statistics held" if self.runs.steadies else ""
         ends = [] if rest.error else [end]
         return {i: "; ".join([*self._sticks_out(i, guilty, name, values), *ends]) for i in guilty}
 
@@ -275,19 +281,19 @@ class _Search:
             return {}, "the batch has one sample, and there is no healthy one to compare it with"
         return {0: f"with it, {what}; with the last healthy batch at the same weights it is not so"}, ""
 
-    def _heals(self, samples: Sequence[int], healed: Test, *, check: bool = True) -> bool:
+    def _heals(self, samples: Sequence[int], healed: Test, *, steady: bool = False) -> bool:
         """The step is well without these samples, and, as a counter-check, not without as many others."""
         key = tuple(samples)
+        others = [i for i in range(self.size) if i not in samples]
         if key not in self._without:
-            self._without[key] = self.runs.without(key)
+            self._without[key] = self.runs.alone(others) if steady else self.runs.without(key)
         if self._without[key].error and not self._raises:
             return 2 * len(key) < self.size  # such a batch cannot be run: what they are alone has to do
         if not healed(self._without[key]):
             return False
-        if not check:
-            return True
-        others = [i for i in range(self.size) if i not in samples]
-        return not healed(self.runs.without(others[: min(len(samples), len(others))]))
+        instead = others[: len(samples)]
+        left = [i for i in range(self.size) if i not in instead]
+        return not healed(self.runs.alone(left) if steady else self.runs.without(instead))
 
     def _left_out_in_turn(self, healed: Test) -> list[int]:
         """Samples without which the step is well; none where it is so without most of them."""
@@ -382,8 +388,13 @@ def _term(name: str, run: PartRun) -> float:
     return run.terms.get(name, math.nan)
 
 
-def _is_healed(value: Value, now: float, then: float, left: float, run: PartRun) -> bool:
-    """Of what the step is worse than the healthy batch no more than a part is left."""
+def _usual(value: Value, healthy: PartRun | None) -> float:
+    """What the healthy batch gives; NaN: there is none."""
+    return math.nan if healthy is None or healthy.error else value(healthy)
+
+
+def _is_healed(value: Value, now: float, then: float, run: PartRun, left: float = HEALED) -> bool:
+    """Most of what the step is worse than the healthy batch is gone."""
     base = 0.0 if math.isnan(then) else then
     return not run.error and value(run) <= base + left * (now - base)
 
