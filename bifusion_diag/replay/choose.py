@@ -132,8 +132,8 @@ def _spike(facts: Facts, terms: tuple[str, ...], samples: tuple[SampleShare, ...
         return Choice(jump.cause, terms, (), jump)
     if back is not None and jump is None:
         return Choice(back.cause, terms, (), back)
-    if facts.healthy_too is False and terms:  # the code and the weights do well with another batch
-        return Choice(Cause(None, "data"), terms)
+    if facts.healthy_too is False and terms and facts.kinds & {"loss-spike", "loss-shift"}:
+        return Choice(Cause(None, "data"), terms)  # the code and the weights do well with another batch
     return Choice(_of_trigger(facts), terms)
 
 

@@ -13,7 +13,7 @@ from bifusion_diag.probes.norms import norms_of
 from bifusion_diag.probes.ranks import world_size
 from bifusion_diag.replay import census
 from bifusion_diag.replay.backward_trace import trace_backward
-from bifusion_diag.replay.choose import Choice, choose
+from bifusion_diag.replay.choose import Choice, choose, outlier
 from bifusion_diag.replay.facts import GRAPH, SPIKES, UPDATE, Facts, shows
 from bifusion_diag.replay.forward_trace import trace_forward
 from bifusion_diag.replay.gradient_end import where_gradient_ends
@@ -23,7 +23,7 @@ from bifusion_diag.replay.notes import StepNotes
 from bifusion_diag.replay.optimizer_state import bad_moments, rate_changes
 from bifusion_diag.replay.passes import run_pass
 from bifusion_diag.replay.recognise import Verdict, recognise
-from bifusion_diag.replay.samples import Names, Split, sample_shares
+from bifusion_diag.replay.samples import Names, SampleFinding, Split, sample_shares
 from bifusion_diag.replay.step import Fingerprint, Training
 from bifusion_diag.replay.terms import attribute_term, term_gradients
 from bifusion_diag.replay.user_hooks import user_hooks, without
@@ -202,9 +202,9 @@ class _Diagnosis:
         facts = self.facts
         kind = "nonfinite-gradient" if facts.kind == "altered-gradient" else facts.kind
         terms = [share.name for share in facts.term_shares]
-        facts.samples = self._take(
-            "the samples",
-            lambda: sample_shares(
+
+        def find(kind: str) -> SampleFinding:
+            return sample_shares(
                 self.training,
                 self.notes,
                 kind,
@@ -212,8 +212,13 @@ class _Diagnosis:
                 split=self.split,
                 names=self.names,
                 terms=terms,
-            ),
-        )
+            )
+
+        facts.samples = self._take("the samples", lambda: find(kind))
+        if kind in SPIKES and facts.samples is not None and not facts.samples.shares and outlier(facts) is not None:
+            far = self._take("whose input is far out", lambda: find("input-outlier"))
+            if far is not None and far.shares:
+                facts.samples = dataclasses.replace(facts.samples, shares=far.shares, reason="")
 
     def _census(self) -> None:
         facts, contrast = self.facts, self.contrast

@@ -178,6 +178,8 @@ def _not_finite(facts: Facts, choice: Choice) -> Verdict | None:
     cause = choice.cause
     if not (facts.nonfinite or facts.kind == "nonfinite-gradient") or cause is None:
         return None
+    if facts.forward is None and facts.backward is None and cause.direction not in ("data", "update"):
+        return None
     buffers = facts.again.bad_buffers if facts.again is not None else facts.vitals.bad_buffers
     poisoned = {"buffers that are NaN after the forward": _list(buffers)} if buffers else {}
     if cause.direction == "data":

@@ -47,13 +47,13 @@ class Net(nn.Module):
 class Loop:
     """A training under the flight recorder; `at` edits it at one step, before its batch, after its backward, ..."""
 
-    def __init__(self, *, clip: float | None = None, lr: float = 1e-2) -> None:
+    def __init__(self, *, clip: float | None = None, lr: float = 1e-2, at: int = AT) -> None:
         torch.manual_seed(0)
         self.model = Net()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr)
         self.recorder = FlightRecorder(self.losses)
         self.clip = clip
-        self.step = 0
+        self.step, self.at = 0, at
         self.margin = 0.0  # of the classes, which are then easy to tell
         self.extra: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda terms: terms
 
@@ -74,14 +74,15 @@ class Loop:
         *,
         batch: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
         gradients: Edit | None = None,
-        steps: int = AT + 1,
+        after: int = 0,
     ) -> list[Incident]:
         with Monitor(self.model, self.optimizer, probes=(), recorder=self.recorder) as monitor:
-            for self.step in range(steps):
-                if self.step == AT and edit is not None:
+            for step in range(self.at + 1 + after):
+                self.step = step
+                if self.step == self.at and edit is not None:
                     edit(self)
                 given = self.batch()
-                if self.step == AT and batch is not None:
+                if self.step == self.at and batch is not None:
                     given = batch(given)
                 with monitor.step(given):
                     terms = self.losses(given)
@@ -89,7 +90,7 @@ class Loop:
                     monitor.losses(terms, total=total)
                     self.optimizer.zero_grad()
                     total.backward()
-                    if self.step == AT and gradients is not None:
+                    if self.step == self.at and gradients is not None:
                         gradients(self)
                     if self.clip is not None:
                         nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
@@ -106,10 +107,19 @@ def _quiet(recwarn: pytest.WarningsRecorder) -> None:
     """Without a record, incidents are warned of."""
 
 
-def only(incidents: list[Incident]) -> Incident:
+def _scale_gradient(loop: Loop, factor: float) -> None:
+    """What `mid` hands on in the backward is larger at the one step."""
+
+    def hook(module: nn.Module, inward: Any, outward: Any) -> Any:
+        return tuple(g * factor for g in inward) if loop.step == AT else None
+
+    loop.model.mid.register_full_backward_hook(hook)
+
+
+def only(incidents: list[Incident], at: int = AT) -> Incident:
     assert len(incidents) == 1, [incident.message for incident in incidents]
     incident = incidents[0]
-    assert incident.step == AT
+    assert incident.step == at
     return incident
 
 
@@ -130,7 +140,7 @@ def test_remedies_are_known() -> None:
 
 
 def test_early_training_from_scratch_is_healthy() -> None:
-    assert Loop(lr=3e-2).run(steps=40) == []
+    assert Loop(lr=3e-2, at=40).run() == []
 
 
 def test_our_own_empty_match_is_harmless() -> None:
@@ -185,10 +195,12 @@ def test_batchnorm_over_a_handful_of_rows() -> None:
     def close_up(batch: dict[str, Any]) -> dict[str, Any]:
         """Two rows that differ, and that the layer before BatchNorm hardly tells apart."""
         few: dict[str, Any] = {name: value[:2] for name, value in batch.items()}
-        alike = torch.linalg.svd(current[0].model.body[0].weight.detach())[2][-1]
+        weight = current[0].model.body[0].weight
+        assert isinstance(weight, Tensor)
+        alike = torch.linalg.svd(weight.detach())[2][-1]
         return few | {"x": batch["x"][:1] + torch.tensor([[0.0], [2.0]]) * alike + 1e-4 * batch["x"][:2]}
 
-    current = []
+    current: list[Loop] = []
     loop = Loop()
     current.append(loop)
     incident = only(loop.run(batch=close_up))
@@ -245,10 +257,7 @@ def test_nan_in_one_parameters_gradient_spread_by_clipping() -> None:
 
 def test_overflowed_norm() -> None:
     loop = Loop(clip=1.0)
-    loop.model.mid.register_full_backward_hook(
-        lambda module, inward, outward: tuple(g * 1e25 for g in inward) if loop.step == AT else None
-    )
-    before = [p.clone() for p in loop.model.parameters()]
+    _scale_gradient(loop, 1e25)
     incident = only(loop.run())
     assert (incident.kind, incident.mechanism) == ("overflowed-norm", "overflowed-norm")
     assert incident.evidence["norm in float64"] > 1e19
@@ -257,7 +266,6 @@ def test_overflowed_norm() -> None:
     assert incident.cause.module == "mid"
     assert incident.remedies[0] == "exact-norm"
     assert "drop-sample" not in incident.remedies
-    assert before
     assert loop.finite
 
 
@@ -287,7 +295,7 @@ def _inside(change: Callable[[Tensor], Tensor]) -> Edit:
 
     def edit(loop: Loop) -> None:
         forward = nn.Linear.forward
-        loop.model.mid.forward = lambda x: change(forward(loop.model.mid, x))  # type: ignore[method-assign]
+        loop.model.mid.forward = lambda x: change(forward(loop.model.mid, x))  # type: ignore[method-assign, assignment]
 
     return edit
 
@@ -300,7 +308,7 @@ class _Wrong(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient * 1e4
 
 
@@ -322,7 +330,7 @@ class _Wrong(torch.autograd.Function):
     ],
 )  # fmt: skip
 def test_operations_in_a_module(mechanism: str, change: Callable[[Tensor], Tensor]) -> None:
-    incidents = Loop().run(_inside(change), steps=AT + 4)
+    incidents = Loop().run(_inside(change), after=3)
     found = [incident for incident in incidents if incident.mechanism == mechanism]
     assert found, [(incident.kind, incident.mechanism) for incident in incidents]
     cause = found[0].cause
@@ -379,9 +387,9 @@ def test_one_outlier_and_one_wrong_target() -> None:
         label[6] = (label[6] + 1) % 4
         return batch | {"label": label}
 
-    loop = Loop(lr=3e-2)
-    loop.margin = 5.0
-    incident = only(loop.run(batch=wrong))
+    loop = Loop(lr=2e-2, at=60)
+    loop.margin = 10.0
+    incident = only(loop.run(batch=wrong), at=60)
     assert incident.mechanism == "wrong-labels"
     assert [sample.index for sample in incident.samples] == [6]
     assert incident.terms[0] == "class"
@@ -438,7 +446,7 @@ def _zero_rate(loop: Loop) -> None:
     ],
 )
 def test_updates(mechanism: str, edit: Edit, module: str, direction: str) -> None:
-    incident = Loop().run(edit, steps=AT + 4)[0]
+    incident = Loop().run(edit, after=3)[0]
     assert incident.mechanism == mechanism, incident.explanation
     assert incident.cause is not None
     assert (incident.cause.module, incident.cause.direction) == (module, direction)
@@ -448,9 +456,7 @@ def test_updates(mechanism: str, edit: Edit, module: str, direction: str) -> Non
 
 def test_a_gradient_scaled_on_its_way() -> None:
     loop = Loop()
-    loop.model.mid.register_full_backward_hook(
-        lambda module, inward, outward: tuple(g * 1e4 for g in inward) if loop.step == AT else None
-    )
+    _scale_gradient(loop, 1e4)
     incident = only(loop.run())
     assert incident.mechanism == "gradient-scaled"
     assert incident.samples == ()
