@@ -306,7 +306,7 @@ IMAGES = [
          patch=forward_of("blocks.0.conv2", lambda x: x.index_fill(1, torch.tensor([2]), float("inf")))),
     Case("activation-x10000", "forward", SPIKE, silent=True, modules=("blocks.1",),
          patch=forward_of("blocks.1", lambda x: x * 1e4)),
-    Case("zeroed-features", "forward", CUT, silent=True, modules=("blocks.1", "blocks.0", "stem"),
+    Case("zeroed-features", "forward", (*CUT, *LABELS), silent=True, modules=("blocks.1", "blocks.0", "stem"),
          patch=forward_of("blocks.1", lambda x: x * 0, lasts=True)),
     Case("root-of-zero-loss", "loss", GRADIENT, term="place",
          patch=term_changed("place", lambda t: t + (t - t.detach()).square().sqrt())),

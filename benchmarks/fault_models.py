@@ -145,10 +145,11 @@ class PointEncoder(nn.Module):
         super().__init__()
         self.point = nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, width))
         self.out = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
 
     def forward(self, points: Tensor) -> Tensor:
         centred = points - points.mean(1, keepdim=True)  # an empty cloud is padded with zeros
-        y: Tensor = self.out(self.point(centred / centred.std((1, 2), keepdim=True)).amax(1))
+        y: Tensor = self.norm(self.out(self.point(centred / centred.std((1, 2), keepdim=True)).amax(1)))
         return y
 
 
@@ -183,7 +184,7 @@ class FusionNet(nn.Module):
         self.image_encoder = nn.Sequential(
             nn.Conv2d(3, width, 3, 2, 1), nn.GroupNorm(4, width), nn.ReLU(),
             nn.Conv2d(width, width, 3, 2, 1), nn.ReLU(),
-            nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * width, width),
+            nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * width, width), nn.LayerNorm(width),
         )  # fmt: skip
         self.point_encoder = PointEncoder(width)
         self.gate = Gate(width)
@@ -291,9 +292,9 @@ def fusion(seed: int = 0, batch_size: int = 12) -> Task:
         scale = 0.5 + torch.rand(size, generator=g)
         points = shapes[label] * scale[:, None, None] + 0.05 * torch.randn(size, 24, 3, generator=g)
         image = looks[label] + 0.3 * torch.randn(size, 3, 16, 16, generator=g)
-        lost = torch.rand(size, generator=g)  # an image in ten shows nothing, a cloud in ten is noise: α chooses
-        image[lost < 0.1] -= looks[label[lost < 0.1]]
-        cloud = (lost > 0.9).nonzero()[:, 0]
+        lost = torch.rand(size, generator=g)  # an image in four shows nothing, a cloud in four is noise: α chooses
+        image[lost < 0.25] -= looks[label[lost < 0.25]]
+        cloud = (lost > 0.75).nonzero()[:, 0]
         points[cloud] = scale[cloud, None, None] * torch.randn(len(cloud), 24, 3, generator=g)
         return Pairs(image, points, label, scale, [f"object_{step:04d}_{i}" for i in range(size)])
 

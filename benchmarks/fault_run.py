@@ -249,7 +249,7 @@ SAMPLE = 2
 PLACES = {
     "nan-output": "encoder.film",
     "inf-output": "decoder.query_norm",
-    "scale-output": "decoder.layers.1",
+    "scale-output": "decoder.superpoint_mask",
     "log-zero": "encoder.backbone.block6",
     "exp-overflow": "encoder.spatial_head",
     "masked-softmax": "decoder.layers.0.self_attention",

@@ -691,7 +691,7 @@ class _Gradients:
         usual = float(np.median(factor[judged & np.isfinite(factor)])) if np.isfinite(factor[judged]).any() else 1.0
         known = max(1.0, scale or 1.0) if usual > 1 else min(1.0, scale or 1.0) if scale is not None else 1.0
         shrunk = (np.abs(after) <= np.abs(before) * max(known, usual) * (1 + ALIKE)) & (after * before >= 0)
-        clipped = shrunk.all(1) & (_norm(after) >= GONE * abs(usual) * np.sqrt(size))
+        clipped = (usual != 0) & shrunk.all(1) & (_norm(after) >= GONE * abs(usual) * np.sqrt(size))
         same = (rest < ALIKE) & (np.abs(factor - usual) <= ALIKE * abs(usual)) & (usual != 0)
         odd = judged & ~same & ~clipped
         odd |= judged & ~np.isfinite(after).all(1)

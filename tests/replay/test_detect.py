@@ -640,6 +640,19 @@ def test_a_gradient_altered_after_the_backward(factor: float) -> None:
     assert trigger.module == "body.0" or math.isnan(factor)
 
 
+@pytest.mark.parametrize("factor", [0.0, 1e25])
+def test_every_gradient_lost_after_the_backward(factor: float) -> None:
+    """Set to zero too early, or so large that clipping by an infinite float32 norm makes them zero."""
+
+    def ended(step: int, model: Classifier, _: object) -> None:
+        if step == AT:
+            for parameter in model.parameters():
+                parameter.grad.mul_(factor)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 100.0)
+
+    only(edited(ended=ended), AT, "altered-gradient")
+
+
 def test_one_element_altered_where_no_sample_is() -> None:
     def ended(step: int, model: Classifier, _: object) -> None:
         if step == AT:

@@ -77,7 +77,7 @@ FAULTS: dict[str, Fault] = {
         Fault("masked-softmax", "forward", "module", False, False, _LOSS,
               "the first row of the module's output is weighted by a softmax that is masked everywhere", "output",
               outputs.masked_softmax),
-        Fault("zero-output", "forward", "module", True, True, _CUT,
+        Fault("zero-output", "forward", "module", True, True, (*_CUT, *_LABELS),
               "the module's output × 0: what it learns from is 0", "output", lambda x: x * 0),
         # backward: the gradient that arrives at a module's output
         Fault("sqrt-zero", "backward", "module", False, False, _GRADIENT,
