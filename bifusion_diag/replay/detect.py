@@ -37,6 +37,8 @@ class Bounds:
             labels do both.
         shift_alone: how far, where it has not. New label smoothing raises a loss of 0.5 to some 1.2.
         shift_gradient: see `shift_factor`.
+        shift_unlearnt: how far, where the term is above what it began with: what was learnt is of no use any more, as
+            with labels of something else.
         module_factor: a module's gradient norm by its median. Tiny modules swing far more than the whole does; 50 is
             above all that was met in training from scratch, and a fault of a thousand is far above it.
         module_largest: and by the largest of its window, as norms behind a gate that opens grow step by step.
@@ -65,6 +67,7 @@ class Bounds:
     shift_factor: float = 1.5
     shift_alone: float = 4.0
     shift_gradient: float = 1.5
+    shift_unlearnt: float = 1.2
     module_factor: float = 50.0
     module_largest: float = 10.0
     module_share: float = 1e-3
@@ -298,7 +301,22 @@ class Detector:
             )
         return value > past.largest() and past.height(value) > 3 * self.bounds.deviations
 
+    def _turned(self, term: str, value: float) -> bool:
+        """Whether a term that was well above zero is below it all of a sudden: its sign has changed. One that may be
+        negative comes down to zero step by step."""
+        past = self._terms.get(term)
+        if past is None or len(past) < self.bounds.previous or not past.positive or not -math.inf < value < 0:
+            return False
+        recent = list(past.every)[-2 * RECENT :]
+        step = max(abs(b - a) for a, b in itertools.pairwise(recent))
+        return recent[-1] - value > 5 * step
+
     def _shifts(self, v: Vitals) -> Iterator[Trigger]:
+        for term, value in v.terms.items():
+            if self._turned(term, value) and not self._thawed(v):
+                before = self._terms[term].recent()
+                message = f"loss term {term} is {value:.3g}: below zero, after {before:.3g} in the steps before"
+                yield Trigger("loss-shift", message, term=term, value=value, limit=0.0)
         for term in v.terms:
             key = f"loss-shift {term}"
             before = self._shifted(v, term)
@@ -320,7 +338,7 @@ class Detector:
         """The median before a shift of a term that this step completes; None: there is none."""
         past, bounds = self._terms.get(term), self.bounds
         n = bounds.shift_steps
-        if past is None or len(past.every) < bounds.previous + n - 1 or self._calm < WINDOW // 2 or self._thawed(v):
+        if past is None or len(past.every) < bounds.previous + n - 1 or self._calm < RECENT or self._thawed(v):
             return None
         every = [*past.every, v.terms[term]]
         new, old = every[-n:], every[:-n]
@@ -339,7 +357,8 @@ class Detector:
         known = len(norms) > n + bounds.previous
         gradient = statistics.median(norms[-n:]) / statistics.median(norms[-2 * RECENT - n : -n]) if known else 1.0
         enough = growth > bounds.shift_alone or (growth > bounds.shift_factor and gradient > bounds.shift_gradient)
-        return before if enough else None
+        unlearnt = growth > bounds.shift_unlearnt and statistics.median(new) > past.began
+        return before if unlearnt or (enough and self._calm >= WINDOW // 2) else None
 
     def _collapses(self, v: Vitals) -> Iterator[Trigger]:
         for name, alpha in v.alphas.items():
@@ -734,18 +753,26 @@ _PLAIN = (
 class _Series:
     """A number's past. What was odd waits, and counts as soon as it is the new usual: three times in a row."""
 
-    def __init__(self, every: Iterable[float] = (), waiting: Iterable[float] = ()) -> None:
+    def __init__(self, every: Iterable[float] = (), waiting: Iterable[float] = (), first: Iterable[float] = ()) -> None:
         self.every: deque[float] = deque(every, maxlen=WINDOW)
         self._waiting = list(waiting)
+        self._first = list(first)
 
     def __len__(self) -> int:
         return len(self.every)
 
     def add(self, value: float, odd: bool = False) -> None:
+        if len(self._first) < 3:
+            self._first.append(value)
         self._waiting.append(value)
         if not odd or len(self._waiting) >= 3:
             self.every.extend(self._waiting if odd else self._waiting[-1:])
             self._waiting = []
+
+    @property
+    def began(self) -> float:
+        """The median of its first three."""
+        return statistics.median(self._first)
 
     @property
     def positive(self) -> bool:
@@ -776,7 +803,7 @@ class _Series:
         return (value - centre) / max(_spread(list(self.every)), LEAST_SPREAD * abs(centre), 1e-12)
 
     def state(self) -> list[list[float]]:
-        return [list(self.every), self._waiting]
+        return [list(self.every), self._waiting, self._first]
 
     @classmethod
     def of(cls, state: Sequence[Iterable[float]]) -> _Series:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from vital_runs import Classifier, Watch, images, train
 
 from bifusion_diag.probes.monitor import Monitor
+from bifusion_diag.replay.detect import Detector
+from bifusion_diag.replay.vitals import Vitals
 
 
 def adam(model: nn.Module, rate: float = 3e-3) -> torch.optim.Adam:
@@ -859,3 +861,36 @@ def test_an_announced_change_is_no_alarm() -> None:
 
     train(model, adam(model), cross_entropy(model), before=before, steps=AT + 20, watch=watch)
     assert watch.alarms == {}
+
+
+def judged(values: Sequence[float]) -> list[int]:
+    """Steps at which a series of one loss term raises an alarm."""
+    detector, found = Detector(), []
+    for step, value in enumerate(values):
+        vitals = Vitals(step, terms={"nll": value}, total=value, grad_norm=1.0)
+        if detector.judge(vitals):
+            found.append(step)
+        detector.remember(vitals)
+    return found
+
+
+def test_a_term_whose_sign_has_changed() -> None:
+    noise = torch.randn(60, generator=torch.Generator().manual_seed(0)).tolist()
+    falling = [3 * 0.98**step + 0.05 * noise[step] for step in range(60)]
+    assert judged([-value if step >= 40 else value for step, value in enumerate(falling)]) == [40]
+
+
+@pytest.mark.parametrize("slope", [0.01, 0.05, 0.3])
+@pytest.mark.parametrize("noise", [0.0, 0.02, 0.2])
+def test_a_term_that_may_be_negative_comes_down_to_zero(slope: float, noise: float) -> None:
+    """As the log-likelihood of a density does."""
+    drawn = torch.randn(200, generator=torch.Generator().manual_seed(0)).tolist()
+    assert judged([20 * slope - slope * step + noise * drawn[step] + 0.5 for step in range(200)]) == []
+
+
+@pytest.mark.parametrize(("level", "expected"), [(4.2, [44]), (3.6, [])])
+def test_a_term_above_what_it_began_with_has_learnt_for_nothing(level: float, expected: list[int]) -> None:
+    """It began at 4 and came down to some 2.9. One between them may be another loss."""
+    noise = torch.randn(60, generator=torch.Generator().manual_seed(0)).tolist()
+    fell = [4 * (0.7 + 0.3 * 0.9**step) + 0.03 * noise[step] for step in range(60)]
+    assert judged([level + 0.03 * noise[step] if step >= 40 else fell[step] for step in range(60)]) == expected
