@@ -56,7 +56,7 @@ def choose(facts: Facts) -> Choice:
         cause = _nonfinite(facts)
         if cause is not None and cause.direction == "update":
             return Choice(cause, terms)
-        return Choice(cause, terms, samples or _of_input(facts, cause))
+        return Choice(cause, terms, samples or _of_input(facts, cause) or _of_shape(facts))
     if facts.kind in SPIKES:
         return _spike(facts, terms, samples)
     return Choice(_of_trigger(facts), terms, samples)
@@ -110,6 +110,22 @@ def _of_input(facts: Facts, cause: Cause | None) -> tuple[SampleShare, ...]:
     return (SampleShare(given.sample, None, why),)
 
 
+def _of_shape(facts: Facts) -> tuple[SampleShare, ...]:
+    """The sample of an operation on nothing, where the shape of that nothing is of one sample alone: a step with random
+    queries does not go as it went when samples are left out."""
+    origin = facts.forward.origin() if facts.forward is not None else None
+    if origin is None or facts.samples is None or facts.healthy_too:
+        return ()
+    empty = [argument.shape for argument in origin.arguments if 0 in argument.shape]
+    sizes = {size for shape in empty for size in shape if size > 1}
+    found = [i for i, lengths in enumerate(facts.samples.lengths) if sizes & lengths]
+    if len(found) != 1:
+        return ()
+    called = {row["sample"]: (row["name"], tuple(row["notes"])) for row in facts.samples.rows}
+    name, notes = called.get(found[0], (None, ()))
+    return (SampleShare(found[0], name, f"the empty selection has its shape, {tuple(empty[0])}", notes),)
+
+
 # --- far too large ---------------------------------------------------------------------------------------------------
 
 
@@ -121,6 +137,8 @@ def _spike(facts: Facts, terms: tuple[str, ...], samples: tuple[SampleShare, ...
         return Choice(jump.cause, terms, samples or _of_input(facts, jump.cause), jump)
     if (cause := outlier(facts)) is not None:
         return Choice(cause, terms, samples or _of_input(facts, cause), jump)
+    if samples and facts.samples is not None and facts.samples.small:
+        return Choice(Cause(None, "data"), terms, samples, jump)
     if jump is not None and jump.cause.direction == "forward":
         return Choice(jump.cause, terms, samples, jump)
     if samples:

@@ -127,6 +127,12 @@ MECHANISMS: dict[str, Mechanism] = {
             ("drop-sample", "clip-grad", "baseline-instance-weights"),
         ),
         Mechanism(
+            "tiny-sample",
+            "A sample of a handful of rows",
+            "a capture that is nearly blank leaves so few rows that means, attention and matching over them are extreme",
+            ("drop-sample", "larger-crop", "clip-grad"),
+        ),
+        Mechanism(
             "nonfinite-weights",
             "Weights are NaN or infinite",
             "a weight that is not finite was there before the step began, or was made by its update",

@@ -64,6 +64,7 @@ class InputFacts:
 
     absmax: float  # of the finite values
     bad: int  # NaN and infinite ones
+    rows: int = 1  # entries along the first dimension
 
 
 class PartRuns:
@@ -146,6 +147,11 @@ class PartRuns:
             for i in range(parts.size)
         ]
 
+    def lengths(self) -> list[frozenset[int]]:
+        """Of each sample how many rows it has in some tensor, or says that it has."""
+        parts = cut(self._notes.batch(), self._split)
+        return [frozenset(_lengths(parts.pick([i]))) for i in range(parts.size)]
+
     def _run(self, notes: StepNotes, samples: Sequence[int] | None, *, steady: bool = False) -> PartRun:
         self.count += 1
         training = self._training
@@ -226,4 +232,13 @@ def _facts(x: Tensor) -> InputFacts:
     fine = size.isfinite()
     bad = int((~fine).sum())
     kept = size[fine] if bad else size
-    return InputFacts(float(kept.max()) if kept.numel() else 0.0, bad)
+    return InputFacts(float(kept.max()) if kept.numel() else 0.0, bad, len(x) if x.dim() else 1)
+
+
+def _lengths(sample: Any) -> Iterator[int]:
+    """Rows of a sample's tensors, and counts that it states of itself."""
+    yield from (len(x) for _, x in tensors_of(sample) if x.dim())
+    fields = sample if isinstance(sample, Mapping) else getattr(sample, "__dict__", {})
+    for value in fields.values():
+        if isinstance(value, (tuple, list)) and len(value) == 1 and isinstance(value[0], int):
+            yield value[0]

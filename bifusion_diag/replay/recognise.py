@@ -186,6 +186,10 @@ def _not_finite(facts: Facts, choice: Choice) -> Verdict | None:
         given = facts.vitals.inputs.get(cause.parameter or "")
         count = f"{given.bad} values of " if given is not None and given.bad else ""
         text = f"{count}the batch's {cause.parameter} are not finite"
+        again = facts.again
+        if again is not None and again.finite and not buffers:
+            text += "; every loss and gradient is finite all the same"
+            return _verdict("nonfinite-input", text, {"input": cause.parameter}, harmless=True)
         if buffers:
             text += f", and after the forward {_list(buffers)} are not either"
             return _verdict("poisoned-buffers", text, poisoned | {"input": cause.parameter})
@@ -364,7 +368,11 @@ def _data(facts: Facts, choice: Choice) -> Verdict | None:
     if facts.kind not in SPIKES or choice.cause is None or choice.cause.direction != "data":
         return None
     who = f"sample {choice.samples[0].name or choice.samples[0].index}" if choice.samples else "the whole batch"
-    why = f" ({choice.samples[0].why})" if choice.samples else ""
+    known = "".join(f"; {note}" for note in choice.samples[0].notes) if choice.samples else ""
+    why = f" ({choice.samples[0].why}{known})" if choice.samples else ""
+    if facts.samples is not None and facts.samples.small and choice.samples:
+        text = f"{who} is far smaller than all others: {facts.samples.small}{why}"
+        return _verdict("tiny-sample", text, {"sample": who} | _jump(choice))
     cause = outlier(facts)
     jumped = choice.jump is not None and choice.jump.cause.direction == "data"
     if cause is None and not jumped:
@@ -427,9 +435,9 @@ RECOGNISERS: tuple[Recogniser, ...] = (
 )
 
 
-def _verdict(mechanism: str, text: str, numbers: dict[str, Any] | None = None) -> Verdict:
+def _verdict(mechanism: str, text: str, numbers: dict[str, Any] | None = None, *, harmless: bool = False) -> Verdict:
     known = {label: value for label, value in (numbers or {}).items() if value is not None}
-    return Verdict(mechanism, f"{_sentence(text)} {_sentence(MECHANISMS[mechanism].why)}", known)
+    return Verdict(mechanism, f"{_sentence(text)} {_sentence(MECHANISMS[mechanism].why)}", known, harmless)
 
 
 def _jump(choice: Choice) -> dict[str, Any]:

@@ -45,6 +45,7 @@ GROWN = 2.0  # times what the healthy batch gives: the step is bad in this
 HEALED = 0.35  # of what it is more may be left without the guilty
 HEALED_TRULY = 0.85  # and this much of that
 GROWN_TRULY = 1.8  # times, of the step as it ran, where it is judged with BatchNorm held
+SMALL = 10.0  # times fewer rows than the others
 FAR_OUT = 10.0  # times the largest absolute value in all other samples
 
 Value = Callable[[PartRun], float]
@@ -61,12 +62,16 @@ class SampleFinding:
             None: no backward was run), "input_absmax", "input_bad", "error".
         reason: why none is guilty, in words; "" where one is.
         runs: how often the step, or a part of it, was run.
+        small: that the guilty one has far fewer rows than the others, in words; "" where it has not.
+        lengths: of each sample how many rows it has in some tensor, or says that it has.
     """
 
     shares: tuple[SampleShare, ...] = ()
     rows: tuple[dict[str, Any], ...] = field(default=())
     reason: str = ""
     runs: int = 0
+    small: str = ""
+    lengths: tuple[frozenset[int], ...] = ()
 
 
 def sample_shares(
@@ -108,7 +113,8 @@ def sample_shares(
     guilty, reason = search.find(kind, terms)
     shares = tuple(SampleShare(i, called[i], why, said[i]) for i, why in guilty.items())
     rows = tuple({"sample": i, "name": called[i], "notes": list(said[i]), **row} for i, row in search.rows())
-    return SampleFinding(shares, rows, "" if guilty else reason, runs.count)
+    small = search.small(shares[0].index) if shares else ""
+    return SampleFinding(shares, rows, "" if guilty else reason, runs.count, small, tuple(runs.lengths()))
 
 
 class _Search:
@@ -146,6 +152,15 @@ class _Search:
                 row |= {"input_absmax": max((x.absmax for x in inputs), default=None)}
                 found.append((samples[0], row | {"input_bad": sum(x.bad for x in inputs), "error": run.error}))
         return found
+
+    def small(self, sample: int) -> str:
+        """In words, where it has far fewer rows than the others."""
+        peers = [*self._inputs[:sample], *self._inputs[sample + 1 :], *self._healthy_inputs]
+        for path, x in self._inputs[sample].items():
+            others = [peer[path].rows for peer in peers if path in peer]
+            if others and x.rows * SMALL <= float(np.median(others)):
+                return f"it has {x.rows} rows of {_input(path)}, the others {np.median(others):.0f}"
+        return ""
 
     # --- not finite, or an error -----------------------------------------------------------------------------------
 
