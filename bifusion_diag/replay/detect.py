@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import statistics
@@ -18,6 +19,7 @@ from bifusion_diag.replay.vitals import FINITE, FROZEN, NO_GRADIENT, ZERO, Alpha
 
 WINDOW = 50  # steps of the past that count
 RECENT = 10  # of them, the nearest: losses fall
+SUSPICIOUS = 4.0  # robust standard deviations: rare enough to look at the samples
 MAD_TO_STD = 1.4826
 LEAST_SPREAD = 0.05  # of a logarithm: a series that repeats itself still may move by this much at no surprise
 
@@ -32,6 +34,7 @@ class Bounds:
         deviations: robust standard deviations of the logarithm, of what happens from one step to the next, that a loss
             or a norm must lie above its median. Six, as for spikes.
         loss_factor: a spike of a loss is this many times the median of its recent past. A hard batch reaches 3.
+        suspect_factor: how far it must rise above the recent ones for the samples to be looked at one by one.
         shift_steps: so many steps in a row above all before are a shift. By chance: once in 50 million windows.
         shift_factor: how far above the recent median, where the gradient has grown as well, by `shift_gradient`: wrong
             labels do both.
@@ -63,6 +66,7 @@ class Bounds:
     previous: int = 10
     deviations: float = 6.0
     loss_factor: float = 5.0
+    suspect_factor: float = 1.8
     shift_steps: int = 5
     shift_factor: float = 1.5
     shift_alone: float = 4.0
@@ -146,6 +150,22 @@ class Detector:
             *self._shifts(v),
             *self._by_rules(v),
         ]
+
+    def suspects(self, v: Vitals) -> list[Trigger]:
+        """What is odd without being an alarm: a loss that is above all before it, as of one sample with wrong labels
+        among others. Whether one sample alone is odd, running them apart will show."""
+        if self._thawed(v):
+            return []
+        found = []
+        for term, value in v.terms.items():
+            past, least = self._terms.get(term), self.bounds.suspect_factor
+            if past is None or len(past) < 2 * self.bounds.previous or not past.positive or not math.isfinite(value):
+                continue
+            before = past.recent()
+            if value > least * before and value > 1.2 * past.largest(RECENT) and past.surprise(value) > SUSPICIOUS:
+                message = f"loss term {term} is {value:.3g}, of one sample; median of the steps before {before:.3g}"
+                found.append(Trigger("loss-spike", message, term=term, value=value, limit=least * before))
+        return found
 
     def judge_update(self, v: Vitals) -> list[Trigger]:
         """What is bad after it, where :meth:`judge` found nothing."""
@@ -314,8 +334,8 @@ class Detector:
     def _shifts(self, v: Vitals) -> Iterator[Trigger]:
         for term, value in v.terms.items():
             if self._turned(term, value) and not self._thawed(v):
-                before = self._terms[term].recent()
-                message = f"loss term {term} is {value:.3g}: below zero, after {before:.3g} in the steps before"
+                usual = self._terms[term].recent()
+                message = f"loss term {term} is {value:.3g}: below zero, after {usual:.3g} in the steps before"
                 yield Trigger("loss-shift", message, term=term, value=value, limit=0.0)
         for term in v.terms:
             key = f"loss-shift {term}"
@@ -406,7 +426,8 @@ class Detector:
             ready = {n for n in here if self._streaks.get(f"{kind} {n}", 0) + 1 >= need}
             yield from self._grouped(v, kind, ready, learners, text)
         never = self._never(v)
-        yield from self._grouped(v, "detached-module", never, learners, "has never got a gradient, though it runs")
+        for trigger in self._grouped(v, "detached-module", never, learners, "has never got a gradient, though it runs"):
+            yield dataclasses.replace(trigger, since=0)
 
     def _silent(self, v: Vitals, kind: str) -> list[str]:
         """Parameters that learnt and are silent at this step, in this way."""

@@ -129,7 +129,7 @@ MECHANISMS: dict[str, Mechanism] = {
         Mechanism(
             "tiny-sample",
             "A sample of a handful of rows",
-            "a capture that is nearly blank leaves so few rows that means, attention and matching over them are extreme",
+            "a nearly blank capture leaves so few rows that means, attention and matching over them are extreme",
             ("drop-sample", "larger-crop", "clip-grad"),
         ),
         Mechanism(

@@ -23,9 +23,11 @@ from bifusion_diag.replay.batches import Names, Split, cut, sample_names, sample
 from bifusion_diag.replay.capsule import CapsuleWriter
 from bifusion_diag.replay.detect import DEFAULT_BOUNDS, Bounds, Detector
 from bifusion_diag.replay.diagnose import diagnose
+from bifusion_diag.replay.gradient_end import where_gradient_ends
 from bifusion_diag.replay.incident import Incident, Reproduction, Trigger
 from bifusion_diag.replay.notes import StepNotes
 from bifusion_diag.replay.rules import Rule, make_rules
+from bifusion_diag.replay.samples import sample_shares
 from bifusion_diag.replay.sentinel import Sentinel
 from bifusion_diag.replay.sights import Sight, where_it_began
 from bifusion_diag.replay.step import StepFunction, Training
@@ -36,6 +38,8 @@ POLICIES: tuple[Policy, ...] = get_args(Policy)
 Event = Callable[[int, str, str, dict[str, Any]], None]
 
 IN_A_ROW = 2  # of bad steps that follow each other at once, so many are taken apart
+EXAMS = 0.005  # a step: how often the samples of a merely odd step are run one by one
+MOST_EXAMS = 3.0  # in a short time
 DIVERGENCE_EVERY = 5  # steps between comparisons of the ranks' weights
 ALIKE = 20  # of incidents with one kind and place, so many are taken apart in a run
 
@@ -132,6 +136,7 @@ class FlightRecorder:
         self._in_a_row = 0
         self._alike: dict[tuple[str, str | None, str | None], int] = {}
         self._diverged = False
+        self._credit = MOST_EXAMS
 
     # --- called by the Monitor -----------------------------------------------------------------------------------
 
@@ -238,12 +243,61 @@ class FlightRecorder:
 
     def _suspicious(self, vitals: Vitals) -> bool:
         """Asked by the sentinel when a backward has ended: whether to take the gradients' digests."""
-        return bool(self.detector.judge(vitals))
+        return bool(self.detector.judge(vitals) or self.detector.suspects(vitals))
 
     def _judge(self, vitals: Vitals, optimizer: Optimizer | None) -> None:
-        triggers = self.detector.judge(vitals) + self._divergence(vitals.step)
+        triggers = [trigger for trigger in self.detector.judge(vitals) if not self._is_unused(trigger)]
+        triggers += self._divergence(vitals.step)
+        if not triggers and world_size() == 1:
+            triggers = self._of_one_sample(vitals)
         if self._agreed(bool(triggers)):
             self._handle(vitals, triggers, optimizer, updated=False)
+
+    def _is_unused(self, trigger: Trigger) -> bool:
+        """Whether a module that has never got a gradient is one that no loss uses: a head of another task, a term whose
+        weight is still 0. That is a waste and no incident."""
+        if trigger.kind != "detached-module" or trigger.since != 0 or trigger.module is None:
+            return False
+        if not self._runs_again:
+            return True  # it cannot be told
+        assert self._notes is not None
+        with self._paused():
+            end = where_gradient_ends(self._training, self._notes, trigger.module)
+        return end is not None and end.op in ("unused", "not run")
+
+    def _of_one_sample(self, vitals: Vitals) -> list[Trigger]:
+        """A loss that is merely odd is an incident if one sample alone makes it so. Looking costs several step times:
+        there are credits for it."""
+        self._credit = min(self._credit + EXAMS, MOST_EXAMS)
+        if self._credit < 1 or not self._runs_again or self._before is None:
+            return []
+        suspects = self.detector.suspects(vitals)
+        if not suspects:
+            return []
+        self._credit -= 1
+        assert self._notes is not None
+        terms = [suspect.term for suspect in suspects if suspect.term is not None]
+        try:
+            with self._paused():
+                found = sample_shares(
+                    self._training,
+                    self._notes,
+                    "loss-spike",
+                    contrast=self._before,
+                    split=self._split,
+                    names=self._names,
+                    terms=terms,
+                )
+        except Exception as error:
+            warnings.warn(f"step {vitals.step}: its samples were not looked at: {error}", RuntimeWarning, stacklevel=2)
+            return []
+        if len(found.shares) != 1:
+            return []
+        return [dataclasses.replace(suspect, sample=found.shares[0].index) for suspect in suspects]
+
+    @property
+    def _runs_again(self) -> bool:
+        return self._step_function is not None and self._notes is not None and self._notes.has_batch
 
     def _divergence(self, step: int) -> list[Trigger]:
         """Told once, by the ranks that hold other weights than most; of two, by the second."""

@@ -17,8 +17,8 @@ class Sight(NamedTuple):
 
 
 def where_it_began(sights: Sequence[Sight]) -> list[int]:
-    """The ranks that a bad step began at: that hold other weights, else whose loss is not finite, else whose gradient is
-    not, else the one whose gradient is largest."""
+    """The ranks that a bad step began at: those that hold other weights, else whose loss is not finite, else whose
+    gradient is not, else the one whose gradient is largest."""
     if any(sight.apart for sight in sights):
         return [rank for rank, sight in enumerate(sights) if sight.apart]
     for numbers in ([sight.loss for sight in sights], [sight.local_norm for sight in sights]):
