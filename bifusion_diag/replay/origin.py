@@ -35,6 +35,7 @@ WRITERS = {
     *("lift_fresh", "copy_", "_to_copy", "index_put", "index_put_", "_index_put_impl_", "index_fill", "index_fill_"),
     *("scatter", "scatter_", "masked_scatter", "masked_scatter_", "constant_pad_nd", "detach", "clone"),
 }
+CONSTANTS = {"full", "full_like", "new_full", "scalar_tensor", "lift_fresh"}  # of them, those that make a new tensor
 #: Operations by which a mask becomes NaN that masks too much. Elsewhere NaN comes of what was written.
 OF_MASKS = {
     *("_softmax", "_log_softmax", "_masked_softmax", "logsumexp", "_logcumsumexp", "logaddexp"),
@@ -241,6 +242,8 @@ class OpWatch(TorchDispatchMode):
             count = sum(count for _, count in ranges)
             given = tuple(_argument(t) for t in inputs if id(t) not in before)
             constant = name in WRITERS and (bool(bad_inputs) or math.inf in constants or -math.inf in constants)
+            if name not in CONSTANTS:  # masks are −∞; what writes ∞ among other values is a fault
+                constant = constant and not any(bool((numbers(t) == math.inf).any()) for t in bad)
             written = not nan and (constant or (name == "log" and _is_mask(inputs)))
             sources = {self._add(place, _op_name(func), written=written, nan=nan, bad=count, arguments=given)}
         for tensor in bad:

@@ -556,7 +556,8 @@ class Sentinel(Probe):
             for index, group in enumerate(optimizer.param_groups):
                 if "lr" in group:
                     name = str(group.get("name", index))
-                    rates[f"{number}:{name}" if number else name] = float(group["lr"])
+                    name = f"{number}:{name}" if number else name
+                    rates[name if name not in rates else f"{name} {index}"] = float(group["lr"])
         return rates
 
     def _held(self) -> frozenset[str]:

@@ -112,6 +112,12 @@ def attribute_term(
     if kind.startswith("nonfinite"):
         return _not_finite(table)
     if kind in LOSS_KINDS:
+        usual = typical or {}
+        turned = {name: loss for name, loss in table.losses.items() if loss < 0 < usual.get(name, 0.0)}
+        if turned:
+            return [
+                TermShare(name, f"it is {loss:.4g}, and was {usual[name]:.4g}", 1.0) for name, loss in turned.items()
+            ]
         now = {name: _weighted(table, name, loss) for name, loss in table.losses.items()}
         before = contrast.losses if contrast is not None else typical or {}
         then = {name: _weighted(table, name, before[name]) for name in now if name in before}

@@ -88,6 +88,24 @@ def test_infinities_that_are_written_are_meant(write: object) -> None:
     assert seen.origins_of(y)[0].written
 
 
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda x: x.index_fill(0, torch.tensor([1]), math.inf),
+        lambda x: x.masked_fill(x > 1, math.inf),
+        lambda x: x.clone().index_put_((torch.tensor([1]),), torch.tensor(math.inf)),
+    ],
+)
+def test_infinities_above_zero_are_no_mask(write: object) -> None:
+    assert callable(write)
+    x = torch.arange(3.0)
+    with watch() as seen:
+        y = write(x).log_softmax(0)
+    (origin,) = seen.origins_of(y)
+    assert (origin.written, origin.nan) == (False, False)
+    assert origin.op != "aten._log_softmax"
+
+
 def test_a_cast_that_overflows_is_not_meant() -> None:
     with watch() as seen:
         y = torch.full((3,), 1e6).half()

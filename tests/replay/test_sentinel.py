@@ -303,3 +303,15 @@ def test_before_the_first_step_nothing_is_known() -> None:
     assert sentinel.weights_digest() == ""
     vitals = sentinel.measure(4)
     assert (vitals.step, vitals.norms, vitals.terms) == (4, {}, {})
+
+
+def test_groups_of_one_name_have_their_own_rates() -> None:
+    torch.manual_seed(0)
+    model, watch = Mixed(), Watch()
+    first, *others = model.parameters()
+    groups: list[dict[str, Any]] = [{"params": others, "name": "all"}, {"params": [first], "name": "all", "lr": 0.0}]
+    optimizer = torch.optim.SGD(groups, 0.1)
+    with Monitor(model, optimizer, [], recorder=watch) as monitor, monitor.step():
+        model(torch.randn(5, 6)).square().mean().backward()
+        optimizer.step()
+    assert watch.vitals[0].rates == {"all": 0.1, "all 1": 0.0}

@@ -211,3 +211,9 @@ def test_of_a_loss_spike_the_weighted_values_count():
     bad = table_of({"a": 9.0, "b": 30.0}, {}, {"a": 1.0, "b": 0.01})
     assert attribute_term(bad, "loss-spike", usual)[0].name == "a"
     assert [share.name for share in attribute_term(bad, "loss-spike", typical={"a": 9.0, "b": 1.0})] == ["b"]
+
+
+def test_a_term_that_has_turned_negative_is_guilty_though_others_have_grown() -> None:
+    table = TermTable({"a": -3.0, "b": 5.0}, {"a": 1.0, "b": 1.0}, {}, {"a": 1.0, "b": 1.0})
+    assert [s.name for s in attribute_term(table, "loss-shift", table, typical={"a": 3.1, "b": 4.0})] == ["a"]
+    assert [s.name for s in attribute_term(table, "loss-shift", typical={"a": -2.0, "b": 1.0})] == ["b"]
