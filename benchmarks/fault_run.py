@@ -403,9 +403,9 @@ def run_ranks(fault: Fault, folder: Path) -> Outcome:
     values["training"]["steps"] = RANKS_STEPS
     config.write_text(json.dumps(values))  # JSON is YAML
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "bifusion_diag", "train", "--config", str(config), "--out", str(out)]
+    command += ["-m", "bifusion_diag", "train", "--config", str(config.absolute()), "--out", str(out.absolute())]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    process = subprocess.run(command, env=environment, cwd=out.parent, capture_output=True, text=True, check=False)
     if process.returncode:
         raise SystemExit(f"{fault.name}: torchrun failed:\n{process.stderr[-3000:]}")
     run = load_run(out)
@@ -425,13 +425,14 @@ def replays(capsules: Sequence[str]) -> dict[str, Any]:
     """Replay capsules in one new process: {folder: {"identical": ..., "difference": ...}}."""
     if not capsules:
         return {}
-    command = [sys.executable, "-m", "benchmarks.fault_run", *capsules]
+    command = [sys.executable, "-m", "benchmarks.fault_run", *(str(Path(folder).absolute()) for folder in capsules)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    home = Path(__file__).parents[1]
+    process = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, check=False)
     if process.returncode:
         raise SystemExit(f"replay failed:\n{process.stderr[-3000:]}")
-    found: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
-    return found
+    found = json.loads(process.stdout.splitlines()[-1])
+    return {folder: found[str(Path(folder).absolute())] for folder in capsules}
 
 
 def _replay(folder: str) -> dict[str, Any]:
