@@ -11,10 +11,12 @@ from bifusion_diag.record.schema import IncidentFiles
 
 CAPSULE = "capsule.json"  # {"incident": {"tables": {name: rows}, ...}, ...}
 WHAT_IF = "what_if.json"  # {"trials": [{"name", "patch", "helps", ...}, ...]}, best first
+MAX_BYTES = 32_000_000  # of such a file; a capsule.json of 400 modules has half a megabyte
 
 
 def incident_folder(run: Path) -> Path:
     """Where the capsules of a run lie, given its run.json or its .record folder."""
+    run = run if run.name not in ("", "..") else run.resolve()  # the folder that one stands in
     return run.with_name(f"{run.stem}.incidents")
 
 
@@ -32,8 +34,10 @@ def read_incident_files(run: Path) -> dict[int, IncidentFiles]:
 
 def _read(path: Path) -> Mapping[str, Any]:
     try:
+        if path.stat().st_size > MAX_BYTES:
+            return {}
         return _mapping(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):  # the last: brackets without end
         return {}
 
 
