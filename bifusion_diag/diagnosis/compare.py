@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from bifusion_diag.diagnosis.criteria import Criterion, judge
 from bifusion_diag.diagnosis.definitions import definition_of, member_of
 from bifusion_diag.diagnosis.findings import Context, Finding, Unmeasured, apply_rules
+from bifusion_diag.diagnosis.incident_rules import without_repeats
+from bifusion_diag.diagnosis.incidents import incidents_of
 from bifusion_diag.diagnosis.measures import Measures
 from bifusion_diag.diagnosis.modules import ModuleGradient, ModulePair, module_gradients, pair_modules
 from bifusion_diag.diagnosis.names import is_exact
@@ -139,7 +141,15 @@ def compare_runs(baseline: Run, candidate: Run, thresholds: Thresholds = DEFAULT
         baseline=left,
         candidate=right,
         verdict=with_ending(
-            judge_pair(names, (left.measures, right.measures), common, right.findings, thresholds), candidate
+            judge_pair(
+                names,
+                (left.measures, right.measures),
+                common,
+                right.findings,
+                thresholds,
+                incidents_of(cut_run(candidate, common)),
+            ),
+            candidate,
         ),
         measures=_validation_pairs(_pair_measures(left.measures, right.measures), baseline, candidate, common),
         partings=find_partings((baseline, left.measures), (candidate, right.measures), common),
@@ -155,7 +165,9 @@ def _assess(
 ) -> RunAssessment:
     measures = measure_on(run, steps)
     part = cut_run(run, steps)
-    findings, unmeasured = apply_rules(Context(part, measures, thresholds), RULES)
+    context = Context(part, measures, thresholds)
+    found, unmeasured = apply_rules(context, RULES)
+    findings = without_repeats(found)
     return RunAssessment(
         name=name,
         preset=run.header.preset,
@@ -168,7 +180,7 @@ def _assess(
         findings=findings,
         unmeasured=unmeasured,
         modules=module_gradients(part if part.names("grads/") else run),
-        verdict=with_ending(judge_run(name, measures, steps, findings, thresholds), run),
+        verdict=with_ending(judge_run(name, measures, steps, findings, thresholds, context.incidents), run),
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from bifusion_diag.diagnosis.incidents import UNKNOWN, RecordedIncident, incidents_of
+from bifusion_diag.diagnosis.incidents import RecordedIncident, incidents_of
 from bifusion_diag.diagnosis.measures import Measures
 from bifusion_diag.diagnosis.origins import Origin
 from bifusion_diag.diagnosis.quantity import NotMeasured, Reading
@@ -96,7 +96,7 @@ class Context:
     @cached_property
     def origins(self) -> list[Origin]:
         """The bad steps that no incident explains."""
-        explained = {incident.step for incident in self.incidents if incident.mechanism != UNKNOWN}
+        explained = {incident.step for incident in self.incidents if incident.explained}
         return [origin for origin in self.measures.origins if origin.step not in explained]
 
     def reading(self, key: str) -> Reading:
@@ -123,5 +123,9 @@ def apply_rules(context: Context, rules: tuple[Rule, ...]) -> tuple[tuple[Findin
             unmeasured.append(Unmeasured(rule.id, rule.title, result.reason))
         else:
             findings.extend(result)
-    findings.sort(key=lambda found: (SEVERITIES.index(found.severity), found.steps[0] if found.steps else 2**62))
-    return tuple(findings), tuple(unmeasured)
+    return tuple(sorted(findings, key=worst_first)), tuple(unmeasured)
+
+
+def worst_first(found: Finding) -> tuple[int, int]:
+    """The order of findings: the worst, then the earliest."""
+    return SEVERITIES.index(found.severity), found.steps[0] if found.steps else 2**62

@@ -2,73 +2,147 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import math
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-from bifusion_diag.diagnosis.findings import Context, Evidence, Finding, Severity
-from bifusion_diag.diagnosis.incidents import UNKNOWN, RecordedIncident
+from bifusion_diag.diagnosis.findings import SEVERITIES, Context, Evidence, Finding, Severity, worst_first
+from bifusion_diag.diagnosis.incidents import RecordedIncident
 from bifusion_diag.diagnosis.names import NORM
 from bifusion_diag.diagnosis.quantity import NotMeasured, Quantity
 
+PREFIX = "incident-"  # of these findings' rules; the mechanism's id follows
 #: Mechanism, the setting that lets it happen at which values, and the value that cures it.
 _CURES = (
     ("empty-selection", "losses.instance.empty_match", ("nan",), "zero"),
     ("nonfinite-input", "model.projection.sanitize", ("replace", "clamp", "none"), "strict"),
 )
+#: Rules that see the same thing from outside, by mechanism.
+_SAME = {
+    "empty-selection": ("empty-match",),
+    "masked-softmax-row": ("attention-masked-rows",),
+    "nonfinite-input": ("data-nonfinite", "projection-nonfinite", "nonfinite-output"),
+}
+_OTHER_RULES = ("non-finite", "spike")  # families of events that other rules find where no incident explains them
+_WARNINGS = ("gradient-spike", "loss-spike", "loss-shift", "input-outlier", "rule")  # kinds that training may survive
 _NOTED = 3  # numbers of an incident that its finding shows
+_COST = "the diagnosis took"  # a label that begins so is of the diagnosis itself
+_LENGTH = 120  # characters of a label
 
 
 def incident_findings(context: Context) -> list[Finding] | NotMeasured:
-    """One finding a mechanism and place."""
-    groups: dict[tuple[str, str | None, tuple[str, ...]], list[RecordedIncident]] = {}
+    """One finding a mechanism and place; of incidents without a known mechanism, one a kind and place."""
+    groups: dict[Hashable, list[RecordedIncident]] = {}
     for incident in context.incidents:
-        if incident.mechanism != UNKNOWN:
-            key = (incident.mechanism, incident.module, incident.terms[:1])
+        if incident.explained or incident.family not in _OTHER_RULES:
+            key = (incident.mechanism, incident.title, incident.module, incident.terms[:1])
             groups.setdefault(key, []).append(incident)
     if not groups and not context.watched:
         return NotMeasured("the run was not watched by the flight recorder")
     return [_finding(context, group) for group in groups.values()]
 
 
+def without_repeats(findings: Sequence[Finding]) -> tuple[Finding, ...]:
+    """Findings without those that only see from outside what an incident explains: it takes over their numbers."""
+    repeated: dict[int, list[Finding]] = {}
+    for other in findings:
+        for place, found in enumerate(findings):
+            if other.rule in _SAME.get(found.rule.removeprefix(PREFIX), ()) and _overlap(found, other):
+                repeated.setdefault(place, []).append(other)
+                break
+    gone = {id(other) for others in repeated.values() for other in others}
+    kept = [_joined(found, repeated.get(at, [])) for at, found in enumerate(findings) if id(found) not in gone]
+    return tuple(sorted(kept, key=worst_first))
+
+
 def _finding(context: Context, group: Sequence[RecordedIncident]) -> Finding:
-    first = group[0]
+    first, last = group[0], group[-1]
     count = len(group)
     evidence = [
-        Evidence("steps", Quantity(count, "steps"), NORM),
+        Evidence("steps taken apart", Quantity(count, "steps"), NORM),
         Evidence("first step", Quantity(first.step, "step"), NORM),
     ]
-    numbers = [(k, v) for k, v in first.evidence.items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
-    evidence += [Evidence(label, Quantity(float(value)), NORM) for label, value in numbers[:_NOTED]]
+    if first.value is not None and first.limit is not None:
+        evidence.append(Evidence(first.alarm[:_LENGTH] or first.kind, Quantity(first.value), NORM))
+        evidence.append(Evidence("the limit for it", Quantity(first.limit), NORM))
+    evidence += [Evidence(label, Quantity(value), NORM) for label, value in _numbers(first)[:_NOTED]]
     again = sum(incident.identical is True for incident in group)
-    mechanism = first.explanation
+    mechanism = first.explanation or f"{first.message}."
     if again:
-        mechanism += f" {'The step' if count == 1 else f'{again} of {count} steps'} ran again bit for bit."
-    severity: Severity = "warning" if first.harmless or first.kind.endswith("spike") else "error"
+        mechanism += f" {f'Step {first.step}' if count == 1 else f'{again} of {count} steps'} ran again bit for bit."
     remedy, tried = _remedy(context, group)
-    place = first.module or (f"loss term {first.terms[0]}" if first.terms else None)
     return Finding(
-        f"incident-{first.mechanism}",
-        severity,
-        f"{first.title} in {place}" if place else first.title,
+        PREFIX + (first.mechanism if first.explained else first.kind),
+        _severity(context, group),
+        first.heading,
         tuple(evidence),
-        mechanism,
-        (first.step, group[-1].step),
+        mechanism + tried,
+        (first.step, last.step),
         count,
         module=first.module,
         term=first.terms[0] if first.terms else None,
-        samples=tuple(name for name, _ in first.samples),
+        samples=next((tuple(sample.label for sample in one.samples) for one in group if one.samples), ()),
         remedy=remedy,
-        tried=tried,
+        tried=bool(tried),
     )
 
 
-def _remedy(context: Context, group: Sequence[RecordedIncident]) -> tuple[Mapping[str, Any] | None, bool]:
-    """The change that did best where it was tried, and that it was; else the one that cures this mechanism."""
+def _numbers(incident: RecordedIncident) -> list[tuple[str, float]]:
+    return [
+        (label[:_LENGTH], float(value))
+        for label, value in incident.evidence.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and not label.startswith(_COST)
+        if abs(value) < math.inf
+    ]
+
+
+def _severity(context: Context, group: Sequence[RecordedIncident]) -> Severity:
+    bad = {*context.measures.nonfinite}
+    survived = [
+        incident.harmless
+        or incident.kind in _WARNINGS
+        or (incident.kind == "nonfinite-input" and incident.step not in bad)  # the step itself was fine
+        for incident in group
+    ]
+    return "warning" if all(survived) else "error"
+
+
+def _remedy(context: Context, group: Sequence[RecordedIncident]) -> tuple[Mapping[str, Any] | None, str]:
+    """The settings that did best where they were tried, and how; else those that cure this mechanism."""
     for incident in group:
         for trial in incident.trials:
-            if trial.get("patch") and trial.get("helps"):
-                return dict(trial["patch"]), True
+            patch = trial.get("patch")
+            if isinstance(patch, Mapping) and patch and trial.get("helps") is True and not trial.get("code"):
+                how = f" Tried on step {incident.step}: {trial.get('name', 'this')}, {trial.get('result', 'it helps')}."
+                return dict(patch), how
     for mechanism, key, values, cured in _CURES:
         if group[0].mechanism == mechanism and context.settings.get(key) in values:
-            return {key: cured}, False
-    return None, False
+            return {key: cured}, ""
+    return None, ""
+
+
+def _overlap(found: Finding, other: Finding) -> bool:
+    if found.steps is None or other.steps is None:
+        return False
+    return found.steps[0] <= other.steps[1] and other.steps[0] <= found.steps[1]
+
+
+def _joined(found: Finding, others: Sequence[Finding]) -> Finding:
+    """A finding that says what these say too, in one sentence each and with their numbers."""
+    for other in others:
+        assert found.steps is not None
+        assert other.steps is not None
+        said = f" {other.title}{f' at {other.count} steps' if (other.count or 1) > 1 else ''}."
+        if other.remedy:
+            said += f" {other.mechanism}"
+        found = dataclasses.replace(
+            found,
+            severity=min(found.severity, other.severity, key=SEVERITIES.index),
+            evidence=(*found.evidence, *(one for one in other.evidence if one.label != "steps")),
+            mechanism=found.mechanism + said,
+            steps=(min(found.steps[0], other.steps[0]), max(found.steps[1], other.steps[1])),
+            count=max(found.count or 1, other.count or 1),
+            remedy=found.remedy or other.remedy,
+        )
+    return found

@@ -2,13 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from bifusion_diag.record.schema import IncidentFiles, Run
+from bifusion_diag.record.schema import Event, IncidentFiles, Run
 
 UNKNOWN = "unknown"
+#: Parts of a step, as places.
+_PARTS = {
+    "data": "the data",
+    "forward": "the forward pass",
+    "loss": "the loss",
+    "backward": "the backward pass",
+    "after backward": "what is done to the gradients after the backward pass",
+    "update": "the update",
+    "graph": "the graph",
+}
+_ROOT = "(root)"
+
+
+class GuiltySample(NamedTuple):
+    """One sample that an incident comes from.
+
+    Attributes:
+        name: of the sample.
+        why: in words.
+        notes: what the data says about it, such as flaws of a capture.
+    """
+
+    name: str
+    why: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """The name, with the notes in brackets."""
+        return f"{self.name} [{'; '.join(self.notes)}]" if self.notes else self.name
 
 
 @dataclass(frozen=True)
@@ -17,15 +48,20 @@ class RecordedIncident:
 
     Attributes:
         step: its number.
+        family: kind of its event: "non-finite", "spike", or as `kind`.
         kind: how it was bad, an id.
         message: in one line.
+        alarm: what set the alarm off, in words.
+        value: the number that did, None where it is not a finite one.
+        limit: and what it was compared with.
         module: where it began; None: in no module, or unknown.
         direction: in which part of the step: forward, loss, backward, update, data.
         op: the operation there, "" if unknown.
         source: its source line, "" if unknown.
         terms: loss terms that it comes from.
-        samples: name and reason of each guilty sample; empty: none stands out.
+        samples: the guilty ones; empty: none stands out.
         mechanism: id of the mechanism.
+        title: of the mechanism, in words; of an unknown one the kind.
         explanation: the mechanism in words, with this step's numbers.
         evidence: name → number or text.
         identical: whether the step ran again bit for bit; None: it was not run again.
@@ -38,15 +74,20 @@ class RecordedIncident:
     """
 
     step: int
+    family: str
     kind: str
     message: str
+    alarm: str
+    value: float | None
+    limit: float | None
     module: str | None
     direction: str
     op: str
     source: str
     terms: tuple[str, ...]
-    samples: tuple[tuple[str, str], ...]
+    samples: tuple[GuiltySample, ...]
     mechanism: str
+    title: str
     explanation: str
     evidence: Mapping[str, Any]
     identical: bool | None
@@ -58,17 +99,25 @@ class RecordedIncident:
     tables: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def title(self) -> str:
-        """The mechanism, or else the kind, as a heading."""
-        words = (self.kind if self.mechanism == UNKNOWN else self.mechanism).replace("-", " ")
-        return words[:1].upper() + words[1:]
+    def explained(self) -> bool:
+        """Whether the mechanism is known."""
+        return self.mechanism != UNKNOWN
+
+    @property
+    def heading(self) -> str:
+        """The title and where it began."""
+        if self.module is not None and self.module != _ROOT:
+            return f"{self.title} ({self.module})"
+        return f"{self.title} (loss term {self.terms[0]})" if self.terms else self.title
 
     @property
     def place(self) -> str:
         """Where it began, in words."""
         if self.module is not None:
-            return f"{self.module} ({self.op})" if self.op else self.module
-        return f"loss term {self.terms[0]}" if self.terms else self.direction or "not found"
+            return "the model itself" if self.module == _ROOT else self.module
+        if self.terms and self.direction != "data":
+            return f"loss term {self.terms[0]}"
+        return _PARTS.get(self.direction, self.direction) or "a place that was not found"
 
 
 def incidents_of(run: Run) -> tuple[RecordedIncident, ...]:
@@ -77,33 +126,69 @@ def incidents_of(run: Run) -> tuple[RecordedIncident, ...]:
     for event in run.events:
         stored = event.data.get("incident")
         if isinstance(stored, Mapping) and event.step is not None:
-            found.append(_read(event.step, event.message, stored, run))
+            found.append(_read(event, event.step, stored, run.incident_files.get(event.step, IncidentFiles())))
     return tuple(sorted(found, key=lambda incident: incident.step))
 
 
-def _read(step: int, message: str, stored: Mapping[str, Any], run: Run) -> RecordedIncident:
-    cause = stored.get("cause") or {}
-    again = stored.get("reproduction") or {}
-    samples = [s for s in stored.get("samples") or () if isinstance(s, Mapping)]
-    files = run.incident_files.get(step, IncidentFiles())
+def _read(event: Event, step: int, stored: Mapping[str, Any], files: IncidentFiles) -> RecordedIncident:
+    cause, again = _mapping(stored.get("cause")), _mapping(stored.get("reproduction"))
+    samples = [sample for sample in _list(stored.get("samples")) if isinstance(sample, Mapping)]
+    trigger = next((_mapping(trigger) for trigger in _list(stored.get("triggers"))), {})
+    where = [found for key in ("module", "term", "parameter") if (found := _text(trigger.get(key)))]
+    kind, mechanism = _text(stored.get("kind")) or event.kind, _text(stored.get("mechanism")) or UNKNOWN
+    words = (kind if mechanism == UNKNOWN else mechanism).replace("-", " ")
+    identical = again.get("identical")
     return RecordedIncident(
         step=step,
-        kind=str(stored.get("kind", "")),
-        message=message,
-        module=cause.get("module"),
-        direction=str(cause.get("direction") or ""),
-        op=str(cause.get("op") or ""),
-        source=str(cause.get("source") or ""),
-        terms=tuple(map(str, stored.get("terms") or ())),
-        samples=tuple((str(s.get("name") or f"sample {s.get('index')}"), str(s.get("why") or "")) for s in samples),
-        mechanism=str(stored.get("mechanism") or UNKNOWN),
-        explanation=str(stored.get("explanation") or ""),
-        evidence=dict(stored.get("evidence") or {}),
-        identical=again.get("identical"),
-        difference=str(again.get("difference") or ""),
-        action=str(stored.get("action") or ""),
-        harmless=bool(stored.get("harmless")),
-        capsule=stored.get("capsule"),
+        family=event.kind,
+        kind=kind,
+        message=event.message,
+        alarm=" of ".join(filter(None, (_text(trigger.get("kind")).replace("-", " "), *where[:1]))),
+        value=_finite(trigger.get("value")),
+        limit=_finite(trigger.get("limit")),
+        module=_text(cause.get("module")) or None,
+        direction=_text(cause.get("direction")),
+        op=_text(cause.get("op")),
+        source=_text(cause.get("source")),
+        terms=tuple(map(str, _list(stored.get("terms")))),
+        samples=tuple(
+            GuiltySample(
+                _text(sample.get("name")) or f"sample {sample.get('index')}",
+                _text(sample.get("why")),
+                tuple(map(str, _list(sample.get("notes")))),
+            )
+            for sample in samples
+        ),
+        mechanism=mechanism,
+        title=_text(stored.get("title")) or words[:1].upper() + words[1:],
+        explanation=_text(stored.get("explanation")),
+        evidence=_mapping(stored.get("evidence")),
+        identical=identical if isinstance(identical, bool) else None,
+        difference=_text(again.get("difference")),
+        action=_text(stored.get("action")),
+        harmless=stored.get("harmless") is True,
+        capsule=_text(stored.get("capsule")) or None,
         trials=tuple(files.trials),
         tables=files.tables,
     )
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, (list, tuple)) else ()
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _finite(value: Any) -> float | None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # an integer without end
+        return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,9 +12,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from bifusion_diag.diagnosis.findings import Finding
+from bifusion_diag.diagnosis.findings import SEVERITIES, Finding
+from bifusion_diag.diagnosis.incident_rules import PREFIX
+from bifusion_diag.diagnosis.incidents import RecordedIncident
 from bifusion_diag.diagnosis.measures import Measures
-from bifusion_diag.diagnosis.origins import most_common_place
 from bifusion_diag.diagnosis.quantity import NotMeasured, Quantity
 from bifusion_diag.diagnosis.thresholds import DEFAULT_THRESHOLDS, Thresholds
 from bifusion_diag.record.schema import Run
@@ -49,6 +51,7 @@ def judge_run(
     steps: NDArray[np.int64],
     findings: Sequence[Finding],
     thresholds: Thresholds = DEFAULT_THRESHOLDS,
+    incidents: Sequence[RecordedIncident] = (),
 ) -> Verdict:
     """The verdict on one run by itself: stable, unstable, or not enough data."""
     state = state_of(measures, steps, thresholds)
@@ -56,7 +59,8 @@ def judge_run(
     sentence = f"{name} {words}: {_bad_in(measures, steps.size)}{_first(measures)}{_tail(measures)}"
     if state == "not enough data":
         sentence += _lacking(measures, steps.size, thresholds)
-    return Verdict(state, f"{sentence}.", _where(measures), *_remedy(findings))
+    detail, leading = _where(measures, incidents)
+    return Verdict(state, f"{sentence}.", detail, *_remedy(findings, leading))
 
 
 def judge_pair(
@@ -65,6 +69,7 @@ def judge_pair(
     steps: NDArray[np.int64],
     findings: Sequence[Finding],
     thresholds: Thresholds = DEFAULT_THRESHOLDS,
+    incidents: Sequence[RecordedIncident] = (),
 ) -> Verdict:
     """The verdict on a candidate against a baseline over the steps (K,) that both have.
 
@@ -80,6 +85,7 @@ def judge_pair(
         steps: (K,) the common steps.
         findings: of the candidate.
         thresholds: bounds.
+        incidents: of the candidate.
     """
     baseline, candidate = measures
     total = steps.size
@@ -107,10 +113,10 @@ def judge_pair(
     sentence = f"{names[1]} {words}: {counts}{_first(candidate)}{_tail(candidate, baseline)}"
     if state == "not enough data":
         sentence += _lacking(candidate, total, thresholds)
-    detail = _where(candidate)
+    detail, leading = _where(candidate, incidents)
     if more and not lacking and chance >= CHANCE:
         detail += f" So few more bad steps than the baseline's may be chance (p = {chance:.2g})."
-    return Verdict(state, f"{sentence}.", detail.strip(), *_remedy(findings))
+    return Verdict(state, f"{sentence}.", detail.strip(), *_remedy(findings, leading))
 
 
 def state_of(
@@ -193,18 +199,49 @@ def _tail(measures: Measures, baseline: Measures | None = None) -> str:
     return f"; 99 % of its gradient norms are below {tail.value:.3g}{compared}"
 
 
-def _where(measures: Measures) -> str:
-    origins = measures.origins
-    place = most_common_place(origins)
-    if place is None:
-        return ""
-    where, count = place
-    scenes = [origin.scenes for origin in origins if origin.place == where and origin.scenes]
-    if len(origins) == 1:
-        return f"It starts in {where}{', on ' + ', '.join(scenes[0]) if scenes else ''}."
-    named = f", the first on {', '.join(scenes[0])}" if scenes else ""
-    traced = f"the {len(origins)} that were traced" if _count(measures, "bad_steps") > len(origins) else len(origins)
-    return f"{count} of {traced} start{'s' if count == 1 else ''} in {where}{named}."
+@dataclass(frozen=True)
+class _Start:
+    """Where one bad step starts: a place in words, and what the incident or else the record says about it."""
+
+    place: str | None
+    scenes: tuple[str, ...]
+    incident: RecordedIncident | None = None
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Steps with the same are one thing."""
+        return self.place or "", self.incident.mechanism if self.incident else ""
+
+
+def _where(measures: Measures, incidents: Sequence[RecordedIncident]) -> tuple[str, RecordedIncident | None]:
+    """Where most of the bad steps start, in a sentence, "" where unknown; and the first incident among these."""
+    starts = {origin.step: _Start(origin.place, origin.scenes) for origin in measures.origins}
+    for one in incidents:  # a place that was found by running the step again wins over a guess
+        if one.explained and one.step in measures.bad:
+            starts[one.step] = _Start(one.place, tuple(sample.label for sample in one.samples), one)
+    counts = Counter(starts[step].key for step in sorted(starts) if starts[step].place is not None)
+    if not counts:
+        return "", None
+    key, count = counts.most_common(1)[0]  # of equally many the earliest
+    alike = {step: start for step, start in sorted(starts.items()) if start.place is not None and start.key == key}
+    first = next(iter(alike.values()))
+    where = str(first.place)
+    if first.incident is not None:
+        where += f" ({_inside_a_sentence(first.incident.title)})"
+    named = next(((step, start.scenes) for step, start in alike.items() if start.scenes), None)
+    if len(starts) == 1:
+        return f"It starts in {where}{', on ' + ', '.join(named[1]) if named else ''}.", first.incident
+    on = ""
+    if named:
+        which = "the first" if named[0] == next(iter(alike)) else f"step {named[0]}"
+        on = f", {which} on {', '.join(named[1])}"
+    traced = f"the {len(starts)} that were traced" if _count(measures, "bad_steps") > len(starts) else len(starts)
+    return f"{count} of {traced} start{'s' if count == 1 else ''} in {where}{on}.", first.incident
+
+
+def _inside_a_sentence(title: str) -> str:
+    """Without its capital, unless the first word is a name such as BatchNorm."""
+    return title[:1].lower() + title[1:] if title.split(" ", 1)[0].istitle() else title
 
 
 def with_ending(verdict: Verdict, run: Run) -> Verdict:
@@ -227,7 +264,13 @@ def ending_of(run: Run, subject: str) -> str:
     return f"{subject} {how} after step {run.steps[-1]}{error}."
 
 
-def _remedy(findings: Sequence[Finding]) -> tuple[Mapping[str, Any] | None, bool]:
-    """The remedy of the worst finding that has one, and whether it was tried; one that was goes first."""
-    known = sorted((found for found in findings if found.remedy), key=lambda found: not found.tried)
+def _remedy(findings: Sequence[Finding], leading: RecordedIncident | None) -> tuple[Mapping[str, Any] | None, bool]:
+    """The remedy of the worst finding that has one, and whether it was tried. One that was goes first; of equally bad
+    findings, that of the incident that explains most bad steps."""
+
+    def order(found: Finding) -> tuple[bool, int, bool]:
+        leads = leading is not None and (found.rule, found.module) == (PREFIX + leading.mechanism, leading.module)
+        return not found.tried, SEVERITIES.index(found.severity), not leads
+
+    known = sorted((found for found in findings if found.remedy), key=order)
     return (known[0].remedy, known[0].tried) if known else (None, False)

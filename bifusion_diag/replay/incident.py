@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from bifusion_diag.replay.mechanisms import MECHANISMS
+
 #: How an incident is bad, with what it means. The ids are stable: they stand in records and capsules.
 KINDS: dict[str, str] = {
     "nonfinite-loss": "a loss term is NaN or infinite",
@@ -38,6 +40,8 @@ FAMILY: dict[str, str] = {
     "gradient-spike": SPIKE,
     "loss-spike": SPIKE,
 }
+
+TEXT, ENTRIES, DEPTH = 600, 12, 4  # of an event in the record: characters, entries of a list, lists in lists
 
 Direction = Literal["data", "forward", "loss", "backward", "after backward", "update", "graph"]
 
@@ -214,11 +218,16 @@ class Incident:
             parts.append(f"term {', '.join(self.terms[:3])}")
         if self.samples:
             parts.append(f"sample {', '.join(sample.name or str(sample.index) for sample in self.samples[:3])}")
-        return "; ".join(parts)
+        whole = "; ".join(parts)
+        return whole if len(whole) <= TEXT else f"{whole[: TEXT - 1]}…"
 
     def facts(self) -> dict[str, Any]:
-        """For the event in the record: all but the tables, which are in the capsule."""
-        return {"incident": {name: value for name, value in self.to_dict().items() if name != "tables"}}
+        """For the event in the record: all but the tables, which are in the capsule. Long texts and lists are cut: a
+        record holds up to a thousand events in a few megabytes."""
+        stored = {name: _short(value) for name, value in self.to_dict().items() if name != "tables"}
+        if self.mechanism in MECHANISMS:
+            stored["title"] = MECHANISMS[self.mechanism].title
+        return {"incident": {**stored, "capsule": self.capsule}}  # a path that is cut leads nowhere
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it; the inverse of :meth:`from_dict`."""
@@ -237,6 +246,20 @@ class Incident:
         for name in ("terms", "remedies"):
             values[name] = tuple(values.get(name, ()))
         return cls(**values)
+
+
+def _short(value: Any, depth: int = 0) -> Any:
+    """A value of few and short parts, as JSON has them."""
+    if value is None or isinstance(value, (bool, float)):
+        return value
+    if isinstance(value, int) and abs(value) < 2**63:
+        return value
+    if depth < DEPTH and isinstance(value, Mapping):
+        return {str(key)[:TEXT]: _short(entry, depth + 1) for key, entry in list(value.items())[: 2 * ENTRIES]}
+    if depth < DEPTH and isinstance(value, (list, tuple)):
+        return [_short(entry, depth + 1) for entry in value[:ENTRIES]]
+    text = str(value)
+    return text if len(text) <= TEXT else f"{text[: TEXT - 1]}…"
 
 
 def _known(kind: type, stored: Mapping[str, Any]) -> dict[str, Any]:

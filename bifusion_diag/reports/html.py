@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from bifusion_diag.diagnosis.compare import RunAssessment, RunComparison
 from bifusion_diag.record.schema import Run
+from bifusion_diag.reports.incidents import assignment
 from bifusion_diag.reports.numbers import ratio_text, reading_text
 from bifusion_diag.reports.page import Page, comparison_page, run_page
 from bifusion_diag.reports.palette import css_variables
@@ -32,6 +33,7 @@ def _environment() -> Environment:
     )
     environment.filters["reading"] = reading_text
     environment.filters["ratio"] = ratio_text
+    environment.filters["assignment"] = assignment
     return environment
 
 

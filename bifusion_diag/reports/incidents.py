@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +13,18 @@ from bifusion_diag.diagnosis.incidents import RecordedIncident, incidents_of
 from bifusion_diag.record.schema import Run
 from bifusion_diag.reports.numbers import text
 
-SHOWN = 20  # incidents of a run that the page shows in full; the rest are in the record
-AROUND = 6  # modules of the trace before the first bad one, and after it
-_EVIDENCE = 12
+SHOWN = 20  # incidents that the page shows in full, of all its runs; the rest are in the record
+AROUND = 6  # modules of the trace before the place of the incident, and after it
+LENGTH = 400  # characters of one text of an incident: records and capsules may hold any
+_EVIDENCE, _SAMPLES, _TRIALS = 12, 8, 15
+_COST = "the diagnosis took"  # a label that begins so is of the diagnosis, and no evidence
+_WORDS = {"nan": "NaN", "inf": "∞", "-inf": "−∞"}  # numbers as Python writes them
+_ACTIONS = {
+    "record": "done all the same",
+    "skip": "left out",
+    "rollback": "replaced by an earlier state of the run",
+    "stop": "not done: the run was stopped before it",
+}
 
 
 @dataclass(frozen=True)
@@ -23,7 +35,16 @@ class TraceLine:
     inputs: str
     outputs: str
     gradient: str
-    bad: bool  # the first whose outputs or gradients are not finite
+    here: bool  # the incident begins here
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Some modules in execution order."""
+
+    lines: list[TraceLine]
+    gradients: bool  # a backward was traced too
+    left_out: tuple[int, int]  # modules before and after these
 
 
 @dataclass(frozen=True)
@@ -31,23 +52,26 @@ class TrialLine:
     """One remedy that was tried."""
 
     name: str
-    patch: str
+    settings: list[tuple[str, str]]
     result: str
     grad_norm: str
     loss: str
     cost: str
+    helps: bool
 
 
 @dataclass(frozen=True)
 class IncidentArticle:
-    """One incident."""
+    """One incident. `rows` are pairs of a label and a text."""
 
-    incident: RecordedIncident
+    step: int
+    heading: str
+    explanation: str
+    rows: list[tuple[str, str]]
     again: str
-    where: str
-    evidence: list[tuple[str, str]]
-    trace: list[TraceLine]
+    trace: Trace | None
     trials: list[TrialLine]
+    command: str
 
 
 @dataclass(frozen=True)
@@ -61,83 +85,142 @@ class IncidentGroup:
 
 def incident_groups(names: Sequence[str], runs: Sequence[Run]) -> list[IncidentGroup]:
     """Of every run that has incidents."""
+    found = [(name, incidents) for name, run in zip(names, runs, strict=True) if (incidents := incidents_of(run))]
     groups = []
-    for name, run in zip(names, runs, strict=True):
-        incidents = incidents_of(run)
-        if incidents:
-            articles = [_article(incident) for incident in incidents[:SHOWN]]
-            groups.append(IncidentGroup(name, articles, len(incidents) - len(articles)))
+    for name, incidents in found:
+        shown = incidents[: max(1, SHOWN // len(found))]
+        groups.append(IncidentGroup(name, [_article(incident) for incident in shown], len(incidents) - len(shown)))
     return groups
+
+
+def assignment(key: str, value: Any) -> str:
+    """A setting as an argument of a shell's command line that --set reads."""
+    return shlex.quote(f"{key}={_plain(value)}")
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _article(incident: RecordedIncident) -> IncidentArticle:
     if incident.identical:
-        again = "The step ran again, and every loss and gradient was the same bit for bit."
-    elif incident.identical is None:
-        again = f"The step was not run again: {incident.difference}." if incident.difference else ""
+        again = "The step ran again, and every loss and gradient was the same, bit for bit."
+    elif incident.identical is False:
+        again = f"The step did not run again as it had run. The first difference: {incident.difference}."
     else:
-        again = f"The step did not run again as it had run: {incident.difference} differs."
-    where = [incident.direction, incident.op, incident.source]
+        again = f"The step was not run again: {incident.difference}." if incident.difference else ""
+    for label, value in incident.evidence.items():
+        if label.startswith(_COST) and isinstance(value, float):
+            again += f" The diagnosis took {value:.1f} times as long as the step."
     return IncidentArticle(
-        incident,
-        again,
-        " · ".join(part for part in where if part),
-        [(key, _value(value)) for key, value in list(incident.evidence.items())[:_EVIDENCE]],
-        _trace(incident.tables.get("modules")),
-        [_trial(trial) for trial in incident.trials],
+        incident.step,
+        _cut(_heading(incident)),
+        _words(incident.explanation or f"{incident.message}."),
+        _rows(incident),
+        _cut(again.strip()),
+        _trace(incident),
+        [_trial(trial) for trial in incident.trials[:_TRIALS]],
+        f"bifusion-diag replay {shlex.quote(incident.capsule)} --trace" if incident.capsule else "",
     )
+
+
+def _heading(incident: RecordedIncident) -> str:
+    return ", ".join([incident.heading, *(sample.name for sample in incident.samples[:1])])
+
+
+def _rows(incident: RecordedIncident) -> list[tuple[str, str]]:
+    """What was found, each once: evidence that repeats the place or a sample's reason is left out."""
+    begins = [incident.place, "" if incident.direction == "data" else incident.direction, incident.op]
+    rows = [("begins in", " · ".join(filter(None, begins)))] if incident.module or incident.direction else []
+    rows += [("source", incident.source)] if incident.source else []
+    rows += [("loss terms" if len(incident.terms) > 1 else "loss term", ", ".join(incident.terms))] * bool(
+        incident.terms
+    )
+    for sample in incident.samples[:_SAMPLES]:
+        rows.append(("sample", f"{sample.label}: {sample.why}" if sample.why else sample.label))
+    action = _ACTIONS.get(incident.action, incident.action)
+    harmless = "every gradient is good, so nothing need be left out" if incident.harmless else ""
+    rows += [("update", "; ".join(filter(None, (action, harmless))))] if action or harmless else []
+    told = {sample.why for sample in incident.samples} | {incident.source}
+    evidence = []
+    for label, value in incident.evidence.items():
+        repeated = isinstance(value, str) and (value in told or (incident.source and incident.source in value))
+        if not repeated and not label.startswith(_COST):
+            evidence.append((label, _value(value)))
+    return [(_cut(label), _words(value)) for label, value in (*rows, *evidence[:_EVIDENCE])]
 
 
 def _value(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
     if isinstance(value, (int, float)):
-        return text(float(value), whole=isinstance(value, int))
-    if isinstance(value, str):
         try:
-            return text(float(value))  # "NaN" and "Infinity" are text in JSON
-        except ValueError:
-            return value
+            return text(float(value), whole=isinstance(value, int))
+        except OverflowError:  # an integer without end
+            return _cut(str(value))
+    if isinstance(value, str):
+        return {"NaN": "NaN", "Infinity": "∞", "-Infinity": "−∞"}.get(value, value)  # numbers that JSON has not
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_value(entry)}" for key, entry in value.items())
-    return ", ".join(map(_value, value)) if isinstance(value, (list, tuple)) else str(value)
+        return ", ".join(f"{key} {_value(entry)}" for key, entry in list(value.items())[:_EVIDENCE])
+    return ", ".join(map(_value, value[:_EVIDENCE])) if isinstance(value, (list, tuple)) else str(value)
 
 
-def _trace(rows: Any) -> list[TraceLine]:
-    """The modules around the first bad one in execution order; none where every one is finite."""
+def _words(value: str) -> str:
+    """A text of the diagnosis, cut, with its numbers as the page writes them."""
+    return re.sub(r"(?<![\w.])-?(?:nan|inf)(?![\w.(])", lambda found: _WORDS.get(found[0], "NaN"), _cut(value))
+
+
+def _cut(value: str) -> str:
+    return value if len(value) <= LENGTH else f"{value[: LENGTH - 1]}…"
+
+
+def _trace(incident: RecordedIncident) -> Trace | None:
+    """The modules around the place where it begins, or around the first bad one, in execution order; None where there
+    is neither."""
+    rows = incident.tables.get("modules")
     calls = [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else []
-    forward = next((i for i, row in enumerate(calls) if row.get("output_bad")), None)
-    backward = next((i for i in reversed(range(len(calls))) if calls[i].get("gradient_bad")), None)
-    first = backward if forward is None else forward
-    if first is None:
-        return []
-    lines = []
-    for place in range(max(0, first - AROUND), min(len(calls), first + AROUND + 1)):
-        row = calls[place]
-        lines.append(
-            TraceLine(
-                str(row.get("name", "")),
-                _range(row.get("input_absmax"), row.get("input_bad")),
-                _range(row.get("output_absmax"), row.get("output_bad")),
-                _range(row.get("gradient_norm"), row.get("gradient_bad")),
-                place == first,
-            )
+    here = [place for place, row in enumerate(calls) if row.get("name") == incident.module is not None]
+    forward = [place for place, row in enumerate(calls) if row.get("output_bad")]
+    backward = [place for place, row in enumerate(calls) if row.get("gradient_bad")]
+    if here:
+        bad = [place for place in here if place in {*forward, *backward}]
+        first = (bad or here)[0]
+    elif forward or backward:
+        first = forward[0] if forward else backward[-1]
+    else:
+        return None
+    start, stop = max(0, first - AROUND), min(len(calls), first + AROUND + 1)
+    lines = [
+        TraceLine(
+            _cut(str(row.get("name", ""))),
+            _range(row.get("input_absmax"), row.get("input_bad")),
+            _range(row.get("output_absmax"), row.get("output_bad")),
+            _range(row.get("gradient_norm"), row.get("gradient_bad")),
+            start + place == first,
         )
-    return lines
+        for place, row in enumerate(calls[start:stop])
+    ]
+    gradients = any(row.get("gradient_norm") is not None or row.get("gradient_bad") for row in calls[start:stop])
+    return Trace(lines, gradients, (start, len(calls) - stop))
 
 
 def _range(value: Any, bad: Any) -> str:
-    shown = "–" if value is None else _value(value)
-    return f"{shown}, {bad} non-finite" if bad else shown
+    shown = "" if value is None else _value(value)
+    return _cut(", ".join(filter(None, (shown, f"{_value(bad)} non-finite" if bad else ""))) or "–")
 
 
 def _trial(trial: Mapping[str, Any]) -> TrialLine:
-    patch = trial.get("patch")
+    patch, lost = trial.get("patch"), trial.get("gives_up")
+    patch = patch if isinstance(patch, Mapping) else {}
+    lost = [str(one) for one in lost] if isinstance(lost, (list, tuple)) else []
+    result = [str(trial.get("result", "")), f"gives up {'; '.join(lost)}" if lost else ""]
+    cost = trial.get("cost")
     return TrialLine(
-        str(trial.get("name", "")),
-        " ".join(f"{key}={value}" for key, value in patch.items()) if isinstance(patch, Mapping) else "",
-        str(trial.get("result", "")),
-        _value(trial.get("grad_norm")),
-        _value(trial.get("loss")),
-        _value(trial.get("cost")),
+        _cut(str(trial.get("name", ""))),
+        [(_cut(str(key)), _cut(_plain(value))) for key, value in list(patch.items())[:_EVIDENCE]],
+        _words("; ".join(filter(None, result))),
+        _cut(_value(trial.get("grad_norm"))),
+        _cut(_value(trial.get("loss"))),
+        "–" if cost is None else _cut(_value(cost)),
+        trial.get("helps") is True,
     )

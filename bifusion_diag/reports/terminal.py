@@ -91,7 +91,7 @@ def _print_verdict(console: Console, verdict: Verdict) -> None:
     console.print(Text(" ".join(part for part in (verdict.sentence, verdict.detail) if part)))
     if verdict.remedy:
         change = " ".join(f"--set {key}={value}" for key, value in verdict.remedy.items())
-        console.print(Text(f"To try: {change}"))
+        console.print(Text(f"{'Tried on a bad step, and it helped' if verdict.tried else 'To try'}: {change}"))
 
 
 def _print_findings(console: Console, findings: Sequence[Finding]) -> None:
