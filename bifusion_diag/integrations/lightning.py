@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bifusion_diag.integrations.session import Session
 from bifusion_diag.probes import Probe
+from bifusion_diag.probes.base import Recorder
 
 
 class BiFusionDiagCallback(Callback):
@@ -26,10 +27,16 @@ class BiFusionDiagCallback(Callback):
     Args:
         probes: names of the catalogue, "all", or probes.
         out: folder of the record. None: ``bifusion-diag`` in the logger's folder of this run.
+        recorder: a :class:`~bifusion_diag.replay.FlightRecorder`, whose step function is given the batch.
     """
 
-    def __init__(self, probes: str | Sequence[str | Probe] = "all", out: str | Path | None = None) -> None:
-        self.session = Session([probes] if isinstance(probes, str) else probes, out)
+    def __init__(
+        self,
+        probes: str | Sequence[str | Probe] = "all",
+        out: str | Path | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
+        self.session = Session([probes] if isinstance(probes, str) else probes, out, recorder)
         self._updates = 0
         self._told = False
 

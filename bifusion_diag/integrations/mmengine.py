@@ -19,6 +19,7 @@ from mmengine.runner import Runner
 
 from bifusion_diag.integrations.session import Session
 from bifusion_diag.probes import Probe
+from bifusion_diag.probes.base import Recorder
 
 
 @HOOKS.register_module()
@@ -28,12 +29,19 @@ class BiFusionDiagHook(Hook):
     Args:
         probes: names of the catalogue, "all", or probes.
         out: folder of the record. None: ``bifusion-diag`` in the work folder of this run.
+        recorder: a :class:`~bifusion_diag.replay.FlightRecorder`, whose step function is given what the loader
+            hands out.
     """
 
     priority = "VERY_LOW"  # after the hooks that change the step
 
-    def __init__(self, probes: str | Sequence[str | Probe] = "all", out: str | Path | None = None) -> None:
-        self.session = Session([probes] if isinstance(probes, str) else probes, out)
+    def __init__(
+        self,
+        probes: str | Sequence[str | Probe] = "all",
+        out: str | Path | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
+        self.session = Session([probes] if isinstance(probes, str) else probes, out, recorder)
 
     def before_train(self, runner: Runner) -> None:
         """Open the record."""

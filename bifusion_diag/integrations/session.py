@@ -15,6 +15,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from bifusion_diag.probes import Monitor, Probe, make_probes
+from bifusion_diag.probes.base import Recorder
 
 
 class Session:
@@ -26,15 +27,17 @@ class Session:
     Args:
         probes: names of the catalogue, "all", or probes.
         out: folder of the record, or a path that ends in .json. None: the framework's own folder.
+        recorder: judges every step before its update; its capsules lie beside the record.
 
     Raises:
         UserError: unknown probe.
     """
 
-    def __init__(self, probes: Sequence[str | Probe], out: Path | str | None) -> None:
+    def __init__(self, probes: Sequence[str | Probe], out: Path | str | None, recorder: Recorder | None = None) -> None:
         make_probes(probes)  # an unknown one is told before the model is built
         self.probes = probes
         self.out = out
+        self.recorder = recorder
         self.monitor: Monitor | None = None
         self._block: AbstractContextManager[None] | None = None
 
@@ -61,7 +64,14 @@ class Session:
         self.close()
         out = Path(folder) / "bifusion-diag" if self.out is None else self.out
         monitor = Monitor(
-            model, optimizers, self.probes, out, scaler=scaler, settings=plain(settings), first_step=first_step
+            model,
+            optimizers,
+            self.probes,
+            out,
+            scaler=scaler,
+            settings=plain(settings),
+            first_step=first_step,
+            recorder=self.recorder,
         )
         self.monitor = monitor.__enter__()
         atexit.register(self.close_late)

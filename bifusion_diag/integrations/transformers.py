@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from bifusion_diag.integrations.session import Session
 from bifusion_diag.probes import Probe
+from bifusion_diag.probes.base import Recorder
 
 
 class BiFusionDiagCallback(TrainerCallback):
@@ -25,6 +26,8 @@ class BiFusionDiagCallback(TrainerCallback):
         probes: names of the catalogue, "all", or probes.
         out: folder of the record. None: ``bifusion-diag`` in the output folder of this run.
         scaler: ``trainer.accelerator.scaler``, with fp16.
+        recorder: a :class:`~bifusion_diag.replay.FlightRecorder`. Transformers gives its callbacks no batch, so that a
+            bad step is told, and judged before its update, but not run again.
     """
 
     def __init__(
@@ -32,8 +35,9 @@ class BiFusionDiagCallback(TrainerCallback):
         probes: str | Sequence[str | Probe] = "all",
         out: str | Path | None = None,
         scaler: GradScaler | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
-        self.session = Session([probes] if isinstance(probes, str) else probes, out)
+        self.session = Session([probes] if isinstance(probes, str) else probes, out, recorder)
         self._scaler = scaler
 
     def on_train_begin(

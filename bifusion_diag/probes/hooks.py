@@ -238,7 +238,9 @@ class Hooks:
             handle.remove()
         self._on_tensors.clear()
 
-    def _before_update(self, optimizer: Optimizer, *_: Any) -> None:
+    def _before_update(
+        self, optimizer: Optimizer, inputs: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if self.active:
             self._updating.append(id(optimizer))
             if self._updating.count(id(optimizer)) == 1:
@@ -247,7 +249,32 @@ class Hooks:
                 self._finish_backward()
                 self.audience.tell(self.due, "before_update", optimizer)
                 if self._guard is not None:
-                    self._guard(optimizer)
+                    return self._guarded(optimizer, inputs, keywords)
+        return None
+
+    def _guarded(
+        self, optimizer: Optimizer, inputs: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Call the guard, or have it called once a closure, in which forward and backward are yet to run, has run."""
+        guard = self._guard
+        assert guard is not None
+        closure = keywords.get("closure", inputs[1] if len(inputs) > 1 else None)
+        if not callable(closure):
+            guard(optimizer)
+            return None
+        judged = False
+
+        def watched() -> Any:
+            nonlocal judged
+            loss = closure()
+            if not judged:  # some optimisers call it several times
+                judged = True
+                guard(optimizer)
+            return loss
+
+        if "closure" in keywords:
+            return inputs, {**keywords, "closure": watched}
+        return (inputs[0], watched, *inputs[2:]), keywords
 
     def _after_update(self, optimizer: Optimizer, *_: Any) -> None:
         if self.active and id(optimizer) in self._updating:

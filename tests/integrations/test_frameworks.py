@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from bifusion_diag.errors import UserError
 from bifusion_diag.probes import Monitor
 from bifusion_diag.record import Run, load_run
+from bifusion_diag.replay import FlightRecorder
 
 STEPS = 6
 
@@ -50,6 +51,26 @@ def values(run: Run, name: str) -> list[float]:
 
 def hooks_of(model: nn.Module) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+class OneBadSample(Points):
+    """The tenth sample of twelve, in the fifth batch of two, is NaN."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        item = super().__getitem__(index)
+        return item if index != 9 else {**item, "x": item["x"] * torch.nan}
+
+
+def check_incident(run: Run, recorder: FlightRecorder, *, again: bool) -> None:
+    """The fifth step is bad, as its second sample is; its update was left out."""
+    assert run.status == "completed"
+    assert recorder.incidents[0].step == 4
+    stored = next(event.data["incident"] for event in run.events if "incident" in event.data)
+    assert stored["action"] == "skip"
+    if again:
+        assert stored["reproduction"]["identical"] is True, stored["reproduction"]
+        assert [sample["index"] for sample in stored["samples"]] == [1]
+        assert Path(stored["capsule"]).name == "000004"
 
 
 def check(run: Run, model: nn.Module, prefix: str = "", steps: int = STEPS) -> None:
@@ -172,6 +193,63 @@ def test_lightning(tmp_path: Path, accumulate: int, told: bool) -> None:
 
 
 @pytest.mark.filterwarnings("default")
+def test_mmengine_with_the_flight_recorder(tmp_path: Path) -> None:
+    pytest.importorskip("mmengine.hooks", reason="or one of its libraries", exc_type=ImportError)
+    from mmengine.model import BaseModel
+    from mmengine.runner import Runner
+
+    from bifusion_diag.integrations.mmengine import BiFusionDiagHook
+
+    class Model(BaseModel):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+
+        def forward(self, x: Tensor, y: Tensor, mode: str = "tensor") -> Any:
+            return self.net.terms(x, y)
+
+    model = Model()
+    recorder = FlightRecorder(lambda batch: model(**batch), on_incident="skip")
+    runner = Runner(
+        model, str(tmp_path), train_dataloader=DataLoader(OneBadSample(), batch_size=2),
+        train_cfg={"by_epoch": False, "max_iters": STEPS}, optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.05}},
+        custom_hooks=[BiFusionDiagHook("grads", tmp_path / "mine", recorder)], experiment_name="recorder",
+        log_level="ERROR",
+    )  # fmt: skip
+    runner.train()
+    check_incident(load_run(tmp_path / "mine" / "run.json"), recorder, again=True)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.filterwarnings("default")
+def test_lightning_with_the_flight_recorder(tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning.pytorch")
+
+    from bifusion_diag.integrations.lightning import BiFusionDiagCallback
+
+    class Module(lightning.LightningModule):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+
+        def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+            return torch.stack(list(self.net.terms(**batch).values())).sum()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.05)
+
+    module = Module()
+    recorder = FlightRecorder(lambda batch: module.training_step(batch, 0), on_incident="skip")
+    trainer = lightning.Trainer(
+        max_steps=STEPS, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[BiFusionDiagCallback("grads", tmp_path / "mine", recorder)], enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(OneBadSample(), batch_size=2))
+    check_incident(load_run(tmp_path / "mine" / "run.json"), recorder, again=True)
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
+@pytest.mark.filterwarnings("default")
 def test_lightning_tells_of_an_error(tmp_path: Path) -> None:
     lightning = pytest.importorskip("lightning.pytorch")
 
@@ -259,6 +337,73 @@ def test_transformers(tmp_path: Path, accumulate: int) -> None:
     check(run, model)
     expected = np.array(model.seen).reshape(STEPS, accumulate).mean(1)
     np.testing.assert_allclose(values(run, "loss/total"), expected, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("default")
+def test_transformers_with_the_flight_recorder(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+
+    from bifusion_diag.integrations.transformers import BiFusionDiagCallback
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+
+        def forward(self, x: Tensor, labels: Tensor) -> Any:
+            loss = self.net.terms(x, labels)["loss_fit"]
+            return transformers.modeling_outputs.SequenceClassifierOutput(loss=loss, logits=labels)
+
+    class Renamed(OneBadSample):
+        def __getitem__(self, index: int) -> dict[str, Tensor]:
+            item = super().__getitem__(index)
+            return {"x": item["x"], "labels": item["y"]}
+
+    model = Model()
+    recorder = FlightRecorder(on_incident="skip")
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=STEPS, per_device_train_batch_size=2, use_cpu=True, report_to=[],
+        disable_tqdm=True, save_strategy="no", logging_strategy="no", dataloader_pin_memory=False,
+    )  # fmt: skip
+
+    class InOrder(transformers.Trainer):  # type: ignore[misc,name-defined]
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    callback = BiFusionDiagCallback("grads", tmp_path / "mine", recorder=recorder)
+    InOrder(model, arguments, train_dataset=Renamed(), callbacks=[callback]).train()
+    check_incident(load_run(tmp_path / "mine" / "run.json"), recorder, again=False)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_step_in_the_optimizers_closure_is_judged_after_its_backward(tmp_path: Path, named: bool) -> None:
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    recorder = FlightRecorder(lambda batch: model(batch).square().mean(), on_incident="skip")
+    calls = []
+    with Monitor(model, optimizer, ["grads"], tmp_path / "run", recorder=recorder) as monitor:
+        for step in range(3):
+            batch = torch.ones(2, 4)
+            batch[1, 0] = torch.nan if step == 2 else 1.0
+            before = model.weight.detach().clone()
+
+            def closure(batch: Tensor = batch) -> Tensor:
+                calls.append(1)
+                optimizer.zero_grad()
+                loss = model(batch).square().mean()
+                loss.backward()
+                return loss
+
+            with monitor.step(batch):
+                loss = optimizer.step(closure=closure) if named else optimizer.step(closure)
+            assert isinstance(loss, Tensor)  # what the closure returned
+            assert torch.equal(before, model.weight) == (step == 2)
+    assert len(calls) == 3
+    (incident,) = recorder.incidents
+    assert (incident.step, incident.action, incident.reproduction.identical) == (2, "skip", True)
+    assert "gradients" in incident.reproduction.compared
 
 
 def test_an_unknown_probe_is_told_before_anything_is_built(tmp_path: Path) -> None:
