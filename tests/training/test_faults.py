@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -44,6 +44,9 @@ class Run:
         self.loader = BatchLoader(training_source(settings), settings.data, batch_size=2, seed=0)
         self.seen(self.loader.batch(0))
         self.optimizer.step()
+        self.clean = self.loader.batch(1)
+        with self.kept():
+            self.healthy = self.seen(self.clean)
 
     def seen(self, batch: Batch) -> Seen:
         torch.manual_seed(1)  # queries are drawn
@@ -96,7 +99,7 @@ def test_a_fault_strikes_in_its_step_and_strikes_again_when_it_runs_again(run: R
     with run.kept():
         where = f":{SAMPLE}" if fault.where == "sample" else ""
         faults = Faults([f"{name}@{STEP}{where}"], run.model, run.optimizer, batch_size=2)
-        clean = run.loader.batch(1)
+        clean, healthy = run.clean, run.healthy
 
         def step(number: int) -> tuple[Batch, Seen]:
             batch = faults.batch(number, clean)
@@ -104,17 +107,8 @@ def test_a_fault_strikes_in_its_step_and_strikes_again_when_it_runs_again(run: R
                 return batch, run.seen(batch)
 
         weights = {n: v.clone() for n, v in run.model.state_dict().items()}
-        healthy = run.seen(clean)
-        with run.kept():
-            faults.before_step(STEP - 1)
-            batch, before = step(STEP - 1)
-        assert batch is clean
-        assert is_same(before, healthy)
-        assert faults.beginning(STEP - 1) == []
-
         (message,) = faults.beginning(STEP)
         assert name in message
-        run.model.load_state_dict(weights)
         faults.before_step(STEP)
         edited = {n: v.clone() for n, v in run.model.state_dict().items()}
         batch, bad = step(STEP)
@@ -130,7 +124,7 @@ def test_a_fault_strikes_in_its_step_and_strikes_again_when_it_runs_again(run: R
 
         inputs = {f.name: getattr(batch, f.name) for f in fields(batch) if isinstance(getattr(batch, f.name), Tensor)}
         floating = {key: value for key, value in inputs.items() if value.is_floating_point()}
-        everything = [bad.losses, after, dict(run.model.named_buffers()), updated, floating]
+        everything: list[dict[str, Any]] = [bad.losses, after, dict(run.model.named_buffers()), updated, floating]
         assert all(map(is_finite, everything)) == (fault.silent or name in ("huge-gradient", "empty-crop"))
         traces = [
             not is_same(bad, healthy),
@@ -143,14 +137,28 @@ def test_a_fault_strikes_in_its_step_and_strikes_again_when_it_runs_again(run: R
         for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
-        run.model.zero_grad()
-        run.model.load_state_dict(weights)
-        later, seen = step(STEP + 1)
         if fault.lasts and fault.point in ("output", "term", "batch"):
-            assert not is_same(seen, healthy)
-        elif fault.point not in ("weights", "rates"):
-            assert later is clean
-            assert is_same(seen, healthy)
+            run.model.load_state_dict(weights)
+            assert not is_same(step(STEP + 1)[1], healthy)
+
+
+def test_before_its_step_and_after_it_there_is_no_fault(run: Run) -> None:
+    short = [name for name, fault in FAULTS.items() if fault.where != "rank" and not fault.lasts]
+    every = [name for name, fault in FAULTS.items() if fault.where != "rank"]
+    for names, number in ((every, STEP - 1), (short, STEP + 1)):
+        with run.kept():
+            faults = Faults([f"{name}@{STEP}" for name in names], run.model, run.optimizer, batch_size=2)
+            rates = [group["lr"] for group in run.optimizer.param_groups]
+            assert faults.beginning(number) == []
+            faults.before_step(number)
+            assert faults.batch(number, run.clean) is run.clean
+            with faults.context(number):
+                assert is_same(run.seen(run.clean), run.healthy)
+            faults.after_backward(number)
+            faults.before_update(number)
+            gradients = {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
+            assert is_same(Seen(run.healthy.losses, gradients), run.healthy)
+            assert rates == [group["lr"] for group in run.optimizer.param_groups]
 
 
 def test_a_batch_fault_touches_its_own_sample_alone(run: Run) -> None:
