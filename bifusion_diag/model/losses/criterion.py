@@ -61,8 +61,9 @@ class Criterion(nn.Module):
         available, matches, objects = self._terms(predictions, batch)
         terms = {name: available[name] for name in self.term_names}
         weights = self._weights()
-        nothing = terms[self.term_names[0]].reshape(1)[:0].sum()  # keeps the graph when every weight is 0 now
-        total = sum((weights[name] * term for name, term in terms.items() if weights[name]), start=nothing)
+        shares = [weights[name] * term for name, term in terms.items() if weights[name]]
+        nothing = terms[self.term_names[0]].reshape(1)[:0]  # keeps the graph when every weight is 0 now
+        total = sum(shares[1:], start=shares[0]) if shares else nothing.sum()
         return LossOutput(total=total, terms=terms, weights=weights, matches=matches, objects=objects)
 
     def _terms(
