@@ -122,6 +122,12 @@ def attribute_term(
         before = contrast.losses if contrast is not None else typical or {}
         then = {name: _weighted(table, name, before[name]) for name in now if name in before}
         return _jumped(now, then, "the weighted loss", always=True)
+    if kind == "input-outlier":  # a bounded gradient, as of a smooth L1 loss, does not show it
+        before = contrast.losses if contrast is not None else typical or {}
+        losses = {name: _weighted(table, name, loss) for name, loss in table.losses.items()}
+        then = {name: _weighted(table, name, before[name]) for name in losses if name in before}
+        if far := _jumped(losses, then, "the weighted loss", always=False):
+            return far
     now = {name: _norm(table, name, module) for name in table.whole}
     then = {} if contrast is None else {name: _norm(contrast, name, module) for name in contrast.whole}
     what = "its gradient" if module is None else f"its gradient on {module}"
