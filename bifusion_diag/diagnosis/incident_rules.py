@@ -26,6 +26,7 @@ _SAME = {
 }
 _OTHER_RULES = ("non-finite", "spike")  # families of events that other rules find where no incident explains them
 _WARNINGS = ("gradient-spike", "loss-spike", "loss-shift", "input-outlier", "rule")  # kinds that training may survive
+_SHOWN = 15  # of these findings; the rest are counted
 _NOTED = 3  # numbers of an incident that its finding shows
 _COST = "the diagnosis took"  # a label that begins so is of the diagnosis itself
 _LENGTH = 120  # characters of a label
@@ -40,7 +41,19 @@ def incident_findings(context: Context) -> list[Finding] | NotMeasured:
             groups.setdefault(key, []).append(incident)
     if not groups and not context.watched:
         return NotMeasured("the run was not watched by the flight recorder")
-    return [_finding(context, group) for group in groups.values()]
+    found = sorted((_finding(context, group) for group in groups.values()), key=worst_first)
+    rest = found[_SHOWN:]
+    if rest:
+        steps = [finding.steps for finding in rest if finding.steps is not None]
+        count = sum(finding.count or 0 for finding in rest)
+        evidence = Evidence("steps taken apart", Quantity(count, "steps"), NORM)
+        title = f"{len(rest)} more incidents of other kinds or in other places"
+        span = min(first for first, _ in steps), max(last for _, last in steps)
+        others = Finding(
+            f"{PREFIX}others", rest[0].severity, title, (evidence,), "The record has them all.", span, count
+        )
+        return [*found[:_SHOWN], others]
+    return found
 
 
 def without_repeats(findings: Sequence[Finding]) -> tuple[Finding, ...]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from bifusion_diag.record.schema import Event, IncidentFiles, Run
 
 UNKNOWN = "unknown"
+LENGTH, ENTRIES, PATH = 1000, 16, 4096  # characters of a text, entries of a list, characters of a path that are read
 #: Parts of a step, as places.
 _PARTS = {
     "data": "the data",
@@ -137,12 +138,12 @@ def _read(event: Event, step: int, stored: Mapping[str, Any], files: IncidentFil
     where = [found for key in ("module", "term", "parameter") if (found := _text(trigger.get(key)))]
     kind, mechanism = _text(stored.get("kind")) or event.kind, _text(stored.get("mechanism")) or UNKNOWN
     words = (kind if mechanism == UNKNOWN else mechanism).replace("-", " ")
-    identical = again.get("identical")
+    identical, capsule = again.get("identical"), stored.get("capsule")
     return RecordedIncident(
         step=step,
         family=event.kind,
         kind=kind,
-        message=event.message,
+        message=_text(event.message),
         alarm=" of ".join(filter(None, (_text(trigger.get("kind")).replace("-", " "), *where[:1]))),
         value=_finite(trigger.get("value")),
         limit=_finite(trigger.get("limit")),
@@ -150,12 +151,12 @@ def _read(event: Event, step: int, stored: Mapping[str, Any], files: IncidentFil
         direction=_text(cause.get("direction")),
         op=_text(cause.get("op")),
         source=_text(cause.get("source")),
-        terms=tuple(map(str, _list(stored.get("terms")))),
+        terms=tuple(_text(str(term)) for term in _list(stored.get("terms"))),
         samples=tuple(
             GuiltySample(
                 _text(sample.get("name")) or f"sample {sample.get('index')}",
                 _text(sample.get("why")),
-                tuple(map(str, _list(sample.get("notes")))),
+                tuple(_text(str(note)) for note in _list(sample.get("notes"))),
             )
             for sample in samples
         ),
@@ -167,7 +168,7 @@ def _read(event: Event, step: int, stored: Mapping[str, Any], files: IncidentFil
         difference=_text(again.get("difference")),
         action=_text(stored.get("action")),
         harmless=stored.get("harmless") is True,
-        capsule=_text(stored.get("capsule")) or None,
+        capsule=capsule if isinstance(capsule, str) and 0 < len(capsule) <= PATH else None,
         trials=tuple(files.trials),
         tables=files.tables,
     )
@@ -178,11 +179,13 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _list(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, (list, tuple)) else ()
+    return value[:ENTRIES] if isinstance(value, (list, tuple)) else ()
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else ""
+    if not isinstance(value, str):
+        return ""
+    return value if len(value) <= LENGTH else f"{value[: LENGTH - 1]}…"
 
 
 def _finite(value: Any) -> float | None:

@@ -233,7 +233,7 @@ def _where(measures: Measures, incidents: Sequence[RecordedIncident]) -> tuple[s
         return f"It starts in {where}{', on ' + ', '.join(named[1]) if named else ''}.", first.incident
     on = ""
     if named:
-        which = "the first" if named[0] == next(iter(alike)) else f"step {named[0]}"
+        which = "the first" if named[0] == next(iter(alike)) else f"at step {named[0]}"
         on = f", {which} on {', '.join(named[1])}"
     traced = f"the {len(starts)} that were traced" if _count(measures, "bad_steps") > len(starts) else len(starts)
     return f"{count} of {traced} start{'s' if count == 1 else ''} in {where}{on}.", first.incident

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from bifusion_diag.replay.mechanisms import MECHANISMS
+from bifusion_diag.replay.mechanisms import MECHANISMS, UNKNOWN
 
 #: How an incident is bad, with what it means. The ids are stable: they stand in records and capsules.
 KINDS: dict[str, str] = {
@@ -41,7 +42,9 @@ FAMILY: dict[str, str] = {
     "loss-spike": SPIKE,
 }
 
-TEXT, ENTRIES, DEPTH = 600, 12, 4  # of an event in the record: characters, entries of a list, lists in lists
+EVENT = 16_000  # bytes of an incident in the record; usual are three thousand
+TEXTS = (600, 200, 40)  # characters of a text there, the first with which it fits
+ENTRIES, DEPTH = 12, 4  # of a list there, and of lists in lists
 
 Direction = Literal["data", "forward", "loss", "backward", "after backward", "update", "graph"]
 
@@ -219,14 +222,18 @@ class Incident:
         if self.samples:
             parts.append(f"sample {', '.join(sample.name or str(sample.index) for sample in self.samples[:3])}")
         whole = "; ".join(parts)
-        return whole if len(whole) <= TEXT else f"{whole[: TEXT - 1]}…"
+        return _cut(whole, TEXTS[0])
 
     def facts(self) -> dict[str, Any]:
         """For the event in the record: all but the tables, which are in the capsule. Long texts and lists are cut: a
         record holds up to a thousand events in a few megabytes."""
-        stored = {name: _short(value) for name, value in self.to_dict().items() if name != "tables"}
-        if self.mechanism in MECHANISMS:
-            stored["title"] = MECHANISMS[self.mechanism].title
+        whole = {name: value for name, value in self.to_dict().items() if name not in ("tables", "capsule")}
+        if self.mechanism != UNKNOWN and self.mechanism in MECHANISMS:
+            whole["title"] = MECHANISMS[self.mechanism].title
+        for length in TEXTS:
+            stored = {name: _short(value, length) for name, value in whole.items()}
+            if len(json.dumps(stored)) <= EVENT:
+                break
         return {"incident": {**stored, "capsule": self.capsule}}  # a path that is cut leads nowhere
 
     def to_dict(self) -> dict[str, Any]:
@@ -248,18 +255,22 @@ class Incident:
         return cls(**values)
 
 
-def _short(value: Any, depth: int = 0) -> Any:
+def _short(value: Any, length: int, depth: int = 0) -> Any:
     """A value of few and short parts, as JSON has them."""
     if value is None or isinstance(value, (bool, float)):
         return value
     if isinstance(value, int) and abs(value) < 2**63:
         return value
     if depth < DEPTH and isinstance(value, Mapping):
-        return {str(key)[:TEXT]: _short(entry, depth + 1) for key, entry in list(value.items())[: 2 * ENTRIES]}
+        entries = list(value.items())[: 2 * ENTRIES]
+        return {_cut(str(key), length): _short(entry, length, depth + 1) for key, entry in entries}
     if depth < DEPTH and isinstance(value, (list, tuple)):
-        return [_short(entry, depth + 1) for entry in value[:ENTRIES]]
-    text = str(value)
-    return text if len(text) <= TEXT else f"{text[: TEXT - 1]}…"
+        return [_short(entry, length, depth + 1) for entry in value[:ENTRIES]]
+    return _cut(str(value), length)
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def _known(kind: type, stored: Mapping[str, Any]) -> dict[str, Any]:

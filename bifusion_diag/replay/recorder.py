@@ -40,18 +40,26 @@ Event = Callable[[int, str, str, dict[str, Any]], None]
 IN_A_ROW = 2  # of bad steps that follow each other at once, so many are taken apart
 EXAMS = 0.005  # a step: how often the samples of a merely odd step are run one by one
 MOST_EXAMS = 3.0  # in a short time
+SCENES = 16  # of a batch that an event names where no sample is guilty
 DIVERGENCE_EVERY = 5  # steps between comparisons of the ranks' weights
 ALIKE = 20  # of incidents with one kind and place, so many are taken apart in a run
 
 
 class BadStepError(RuntimeError):
-    """The policy "stop" has ended a run before a bad update."""
+    """The policy "stop" has ended a run at a bad step.
+
+    Attributes:
+        incident: what was found.
+        updated: its update is done: the alarm came of what it did to the weights. Else everything is as the step began.
+    """
 
     keeps_row = True  # the step itself was measured, and is recorded
 
-    def __init__(self, incident: Incident) -> None:
-        super().__init__(f"step {incident.step}: {incident.triggers[0].message}; stopped before the update")
+    def __init__(self, incident: Incident, *, updated: bool = False) -> None:
+        when = "after" if updated else "before"
+        super().__init__(f"step {incident.step}: {incident.triggers[0].message}; stopped {when} the update")
         self.incident = incident
+        self.updated = updated
 
 
 @dataclass
@@ -368,7 +376,7 @@ class FlightRecorder:
             if not updated and self._notes is not None:
                 # What is saved now is gone on from with this step: with its random numbers and healthy buffers.
                 self._notes.start.restore(self._training.model)
-            raise BadStepError(incident)
+            raise BadStepError(incident, updated=updated)
 
     def _scenes(self, incident: Incident) -> tuple[list[str], list[list[str]]]:
         """The guilty samples and what is known of them; where none is named, those of the batch."""
@@ -381,7 +389,8 @@ class FlightRecorder:
             names = sample_names(batch, size, self._names)
         except UserError:  # its samples cannot be told apart
             return [], []
-        return [name for name in names if name is not None], [list(notes) for notes in sample_notes(batch, size)]
+        notes = [list(told) for told in sample_notes(batch, size)[:SCENES]]
+        return [name for name in names[:SCENES] if name is not None], notes
 
     def _explain(self, vitals: Vitals, triggers: list[Trigger], error: BaseException | None) -> Incident:
         """The incident, taken apart as far as it is worth it. Never raises."""
