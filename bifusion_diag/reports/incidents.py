@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 from bifusion_diag.diagnosis.incidents import RecordedIncident, incidents_of
@@ -16,6 +17,7 @@ from bifusion_diag.reports.numbers import text
 SHOWN = 20  # incidents that the page shows in full, of all its runs; the rest are in the record
 AROUND = 6  # modules of the trace before the place of the incident, and after it
 LENGTH = 400  # characters of one text of an incident: records and capsules may hold any
+BYTES = 500_000  # of HTML or so, of all incidents; usual are 10 kB each
 _EVIDENCE, _SAMPLES, _TRIALS = 12, 8, 15
 _COST = "the diagnosis took"  # a label that begins so is of the diagnosis, and no evidence
 _WORDS = {"nan": "NaN", "inf": "∞", "-inf": "−∞"}  # numbers as Python writes them
@@ -88,8 +90,15 @@ def incident_groups(names: Sequence[str], runs: Sequence[Run]) -> list[IncidentG
     found = [(name, incidents) for name, run in zip(names, runs, strict=True) if (incidents := incidents_of(run))]
     groups = []
     for name, incidents in found:
-        shown = incidents[: max(1, SHOWN // len(found))]
-        groups.append(IncidentGroup(name, [_article(incident) for incident in shown], len(incidents) - len(shown)))
+        room = BYTES // len(found)
+        articles: list[IncidentArticle] = []
+        for incident in incidents[: max(1, SHOWN // len(found))]:
+            article = _article(incident)
+            room -= len(escape(str(article)))
+            if room < 0 and articles:
+                break
+            articles.append(article)
+        groups.append(IncidentGroup(name, articles, len(incidents) - len(articles)))
     return groups
 
 
