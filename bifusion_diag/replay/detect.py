@@ -35,6 +35,7 @@ class Bounds:
             or a norm must lie above its median. Six, as for spikes.
         loss_factor: a spike of a loss is this many times the median of its recent past. A hard batch reaches 3.
         suspect_factor: how far it must rise above the recent ones for the samples to be looked at one by one.
+        suspect_share: and by how much of the step's loss: a term that hardly counts does no harm.
         shift_steps: so many steps in a row above all before are a shift. By chance: once in 50 million windows.
         shift_factor: how far above the recent median, where the gradient has grown as well, by `shift_gradient`: wrong
             labels do both.
@@ -67,6 +68,7 @@ class Bounds:
     deviations: float = 6.0
     loss_factor: float = 5.0
     suspect_factor: float = 1.8
+    suspect_share: float = 0.1
     shift_steps: int = 5
     shift_factor: float = 1.5
     shift_alone: float = 4.0
@@ -125,7 +127,7 @@ class Detector:
         self._alphas: dict[str, deque[list[float]]] = {}
         self._parameters: dict[str, list[int]] = {}  # state; steps in a row that it learnt; lapses; steps that it ran
         self._moves: dict[str, list[int]] = {}  # steps in a row that it moved; lapses
-        self._odd: dict[str, dict[str, int]] = {"altered": {}, "outside": {}}  # steps at which it was so before
+        self._odd: dict[str, dict[str, int]] = {"altered": {}, "outside": {}, "uncleared": {}}  # steps with it before
         self._streaks: dict[str, int] = {}  # steps in a row, by "kind name"
         self._told: set[str] = set()
         self._rates: dict[str, float] = {}
@@ -162,6 +164,9 @@ class Detector:
             if past is None or len(past) < 2 * self.bounds.previous or not past.positive or not math.isfinite(value):
                 continue
             before = past.recent()
+            rise = (value - before) * v.weights.get(term, 1.0)
+            if v.total is not None and rise < self.bounds.suspect_share * abs(v.total):
+                continue
             if value > least * before and value > 1.2 * past.largest(RECENT) and past.surprise(value) > SUSPICIOUS:
                 message = f"loss term {term} is {value:.3g}, of one sample; median of the steps before {before:.3g}"
                 found.append(Trigger("loss-spike", message, term=term, value=value, limit=least * before))
@@ -227,6 +232,10 @@ class Detector:
     # What has been changed behind the optimiser's back.
 
     def _altered(self, v: Vitals) -> Iterator[Trigger]:
+        left = [name for name in v.uncleared if not self._odd.get("uncleared", {}).get(name)]
+        if left:
+            message = f"{len(left)} parameters, first {left[0]}, still had the gradients of the last update"
+            yield Trigger("altered-gradient", f"{message}, and this step's were added", parameter=left[0])
         known = self._odd["altered"]
         new = [name for name in v.altered if not known.get(name)]
         if not new or self._steps < self.bounds.learnt:
@@ -302,7 +311,9 @@ class Detector:
         if self._thawed(v):
             return
         found = [
-            (self._terms[term].height(value), term) for term, value in v.terms.items() if self._spiked(term, value)
+            (self._terms[term].height(value), term)
+            for term, value in v.terms.items()
+            if self._spiked(term, value) and not self._switched_on(v, term)
         ]
         for _, term in sorted(found, reverse=True):
             value, before = v.terms[term], self._terms[term].recent()
@@ -572,8 +583,19 @@ class Detector:
     def _reweighted(self, v: Vitals) -> bool:
         if self._terms and set(v.terms) - set(self._terms):
             return True
+        if any(self._switched_on(v, term) for term in v.terms):
+            return True
         before = self._weights
         return any(not 0.5 <= (w + 1e-12) / (before.get(t, w) + 1e-12) <= 2 for t, w in v.weights.items())
+
+    def _switched_on(self, v: Vitals, term: str) -> bool:
+        """Whether a term begins that was exactly zero all the time, and is no larger than `loss_factor` times the
+        others together."""
+        past = self._terms.get(term)
+        if past is None or not past.never or not v.terms[term]:
+            return False
+        others = sum(abs(value) for name, value in v.terms.items() if name != term)
+        return abs(v.terms[term]) <= self.bounds.loss_factor * others
 
     def _rate(self, v: Vitals) -> float:
         return max(v.rates.values(), default=1.0)
@@ -615,9 +637,10 @@ class Detector:
         if not v.scaled_out:
             self._remember_parameters(v)
         self._remember_update(v)
-        for kind, names in (("altered", v.altered), ("outside", tuple(v.outside))):
+        for kind, names in (("altered", v.altered), ("outside", tuple(v.outside)), ("uncleared", v.uncleared)):
+            seen = self._odd.setdefault(kind, {})
             for name in names:
-                self._odd[kind][name] = self._odd[kind].get(name, 0) + 1
+                seen[name] = seen.get(name, 0) + 1
         for group, rate in v.rates.items():
             self._rates_most[group] = max(rate, self._rates_most.get(group, 0.0))
         self._rates = dict(v.rates)
@@ -794,6 +817,11 @@ class _Series:
     def began(self) -> float:
         """The median of its first three."""
         return statistics.median(self._first)
+
+    @property
+    def never(self) -> bool:
+        """Whether it has been exactly zero all the time."""
+        return not any(self.every)
 
     @property
     def positive(self) -> bool:

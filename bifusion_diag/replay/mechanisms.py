@@ -187,6 +187,13 @@ MECHANISMS: dict[str, Mechanism] = {
             ("skip-step", "clip-grad"),
         ),
         Mechanism(
+            "gradients-not-cleared",
+            "The gradients of earlier steps are still there",
+            "no zero_grad() came between an update and the next backward, which adds its gradients to those that it "
+            "finds, so that every update is of the sum of all steps before it",
+            (),
+        ),
+        Mechanism(
             "loss-term-jump",
             "One loss term has jumped",
             "the term or its weight is far above what it was, with the batch and the weights as they were",

@@ -145,6 +145,10 @@ def _altered(facts: Facts, choice: Choice) -> Verdict | None:
         return None
     if facts.bad_given and _spread(facts):
         return _clipped(facts)
+    if facts.kind == "altered-gradient" and facts.vitals.uncleared and not facts.vitals.altered:
+        names = facts.vitals.uncleared
+        text = f"the gradients of {_list(names)} were not cleared after the last update"
+        return _verdict("gradients-not-cleared", text, {"parameters that still had a gradient": len(names)})
     names = facts.vitals.altered or facts.bad_given
     text = f"the gradient of {_list(names)} is not what the backward left"
     changes: dict[str, Any] = {}

@@ -110,6 +110,7 @@ class Sentinel(Probe):
         self._gradient_samples = _Samples(())
         self._sampled_places: tuple[int, ...] = ()
         self._after: NDArray[np.float64] | None = None  # (P, 64) weights when the last step ended
+        self._to_clear = False
         self._used_by_parents: set[str] = set()  # modules whose weights another module uses without calling them
         self._largest: dict[str, float] = {}  # by input: largest absolute value of all batches
         self._buffers_bad: frozenset[str] | None = None
@@ -139,6 +140,7 @@ class Sentinel(Probe):
         self._used: dict[int, float] = {}  # with which an optimiser has stepped
         self._states: NDArray[np.int64] | None = None
         self._gradients: dict[str, str] = {}
+        self._uncleared: tuple[str, ...] | None = None  # None: no backward has begun
         self._stepping: Optimizer | None = None
         self._stepped = 0
         self._found_inf = False
@@ -158,6 +160,8 @@ class Sentinel(Probe):
     # --- a step's events -----------------------------------------------------------------------------------------
 
     def begin(self) -> None:
+        # Of several optimisers one's backward leaves gradients to parameters of another, which clears them later.
+        self._to_clear = self._stepped > 0 and not self._found_inf and len(self._subject.optimizers) == 1
         self._clear()
         self._is_open = True
         if self._buffers_bad is None:
@@ -207,7 +211,8 @@ class Sentinel(Probe):
         self._scale = None if inverse is None else float(inverse)
         self._measure_gradients()
         vitals = self._up_to_backward()
-        self._gradients = self._digests() if self._suspicious(vitals) else {}
+        # What was there before is not noted: run again, the step begins without it.
+        self._gradients = self._digests() if self._suspicious(vitals) and not vitals.uncleared else {}
         self._vitals = vitals
 
     def before_update(self, optimizer: Optimizer) -> None:
@@ -340,6 +345,7 @@ class Sentinel(Probe):
         def backward(tensors: Any, *arguments: Any, **keywords: Any) -> Any:
             sentinel = me()
             if sentinel is not None and sentinel._is_open and torch._C._current_graph_task_id() == -1:
+                sentinel._backward_begins()
                 for root in (tensors,) if isinstance(tensors, Tensor) else tuple(tensors):
                     if isinstance(root, Tensor) and root.numel() == 1:
                         sentinel._roots.append(root.detach().reshape(()).clone())
@@ -356,6 +362,18 @@ class Sentinel(Probe):
         if self._undo is not None:
             self._undo()
             self._undo = None
+
+    def _backward_begins(self) -> None:
+        if self._uncleared is not None:
+            return  # what an accumulating step's first backward has left
+        self._uncleared = ()
+        self._held()
+        held = [] if not self._to_clear or self._shards.any else self._parameters
+        places = [i for i, p in enumerate(held) if p.grad is not None and i in self._held_places]
+        gradients = [x for i in places if (x := self._parameters[i].grad) is not None]
+        if gradients:  # of zeros, if the loop sets them to zero in place
+            left = _Samples(gradients).take(gradients)
+            self._uncleared = tuple(self._names[i] for i, row in zip(places, left, strict=True) if row.any())
 
     def _losses_of_step(self) -> tuple[dict[str, float], dict[str, float], float | None]:
         """Terms, weights and total: of several calls the mean."""
@@ -438,6 +456,7 @@ class Sentinel(Probe):
             total=total,
             inputs=self._inputs,
             alphas={name: _joined(calls) for name, calls in self._alphas.items()},
+            uncleared=self._uncleared or (),
             rates=self._rates(),
             held=self._held(),
             loose=self._loose,

@@ -642,6 +642,26 @@ def test_a_gradient_altered_after_the_backward(factor: float) -> None:
     assert trigger.module == "body.0" or math.isnan(factor)
 
 
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("since", [1, AT])
+def test_gradients_that_are_not_cleared(since: int, to_none: bool) -> None:
+    torch.manual_seed(0)
+    model = Classifier()
+    optimizer = adam(model)
+    watch = Watch()
+    with Monitor(model, optimizer, [], recorder=watch) as monitor:
+        for step in range(AT + 12):
+            if step < since:
+                optimizer.zero_grad(set_to_none=to_none)
+            batch = images(step)
+            with monitor.step(batch):
+                for part in (slice(4), slice(4, 8)):  # two backwards a step, as gradients are accumulated
+                    F.cross_entropy(model(batch[0][part]), batch[1][part]).backward()
+                optimizer.step()
+    assert [t.parameter for t in only(watch, since, "altered-gradient")] == ["stem.0.weight"]
+    assert sum(kinds.count("altered-gradient") for kinds in watch.kinds().values()) == 1
+
+
 @pytest.mark.parametrize("factor", [0.0, 1e25])
 def test_every_gradient_lost_after_the_backward(factor: float) -> None:
     """Set to zero too early, or so large that clipping by an infinite float32 norm makes them zero."""
@@ -894,3 +914,31 @@ def test_a_term_above_what_it_began_with_has_learnt_for_nothing(level: float, ex
     noise = torch.randn(60, generator=torch.Generator().manual_seed(0)).tolist()
     fell = [4 * (0.7 + 0.3 * 0.9**step) + 0.03 * noise[step] for step in range(60)]
     assert judged([level + 0.03 * noise[step] if step >= 40 else fell[step] for step in range(60)]) == expected
+
+
+@pytest.mark.parametrize(("value", "expected"), [(0.5, []), (50.0, [30])])
+def test_a_term_that_is_switched_on_is_a_stage(value: float, expected: list[int]) -> None:
+    """Its weight in the loop was zero; the gradient grows tenfold. Far above the others it is a spike."""
+    detector = Detector()
+    found = []
+    for step in range(60):
+        added = value if step >= 30 else 0.0
+        vitals = Vitals(step, terms={"nll": 1.0, "kl": added}, total=1.0 + added, grad_norm=10.0 if added else 1.0)
+        if detector.judge(vitals):
+            found.append(step)
+        detector.remember(vitals)
+    assert found[:1] == expected
+
+
+@pytest.mark.parametrize(("weight", "expected"), [(1.0, ["kl"]), (0.01, [])])
+def test_a_term_that_hardly_counts_is_not_suspect(weight: float, expected: list[str]) -> None:
+    noise = torch.randn(40, generator=torch.Generator().manual_seed(0)).tolist()
+    detector = Detector()
+    for step in range(40):
+        detector.remember(_with_kl(step, 0.5 + 0.02 * noise[step], weight))
+    assert [trigger.term for trigger in detector.suspects(_with_kl(40, 1.2, weight))] == expected
+
+
+def _with_kl(step: int, value: float, weight: float) -> Vitals:
+    terms, weights = {"nll": 1.0, "kl": value}, {"nll": 1.0, "kl": weight}
+    return Vitals(step, terms=terms, weights=weights, total=1.0 + weight * value, grad_norm=1.0)

@@ -474,6 +474,20 @@ def test_a_gradient_scaled_on_its_way() -> None:
     assert (incident.cause.parameter, incident.cause.direction) == ("mid.weight", "after backward")
 
 
+def test_gradients_that_are_not_cleared() -> None:
+    """Run again, the step begins without what was left of the last: its losses are compared alone."""
+    loop = Loop()
+
+    def keep(loop: Loop) -> None:
+        loop.optimizer.zero_grad = lambda set_to_none=True: None  # type: ignore[method-assign]
+
+    incident = loop.run(keep, after=2)[0]
+    assert incident.mechanism == "gradients-not-cleared", incident.explanation
+    assert incident.cause is not None
+    assert (incident.cause.module, incident.cause.direction) == ("(root)", "after backward")
+    assert incident.reproduction.identical
+
+
 def test_an_error_is_followed_to_its_module() -> None:
     def edit(loop: Loop) -> None:
         _inside(lambda x: x.reshape(3, 3, 3))(loop)
