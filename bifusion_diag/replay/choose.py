@@ -143,14 +143,12 @@ def _spike(facts: Facts, terms: tuple[str, ...], samples: tuple[SampleShare, ...
         return Choice(jump.cause, terms, samples, jump)
     if samples:
         return Choice(Cause(None, "data"), terms, samples)
-    back = _backward_jump(facts)
-    if "loss-spike" not in facts.kinds and "loss-shift" not in facts.kinds and back is not None:
+    back = None if _loss_is_high(facts) else _backward_jump(facts)
+    if back is not None:
         return Choice(back.cause, terms, (), back)
     if jump is not None and (facts.healthy is None or jump.cause.op in SCALING):
         return Choice(jump.cause, terms, (), jump)
-    if back is not None and jump is None:
-        return Choice(back.cause, terms, (), back)
-    if facts.healthy_too is False and terms and facts.kinds & {"loss-spike", "loss-shift"}:
+    if facts.healthy_too is False and terms and _loss_is_high(facts):
         return Choice(Cause(None, "data"), terms)  # the code and the weights do well with another batch
     return Choice(_of_trigger(facts), terms)
 
@@ -170,11 +168,17 @@ def _at_fault_is_the_code(facts: Facts, terms: tuple[str, ...]) -> Choice:
     if facts.moments or facts.rates:
         return Choice(_update(facts), terms)
     jump = _largest_gain(facts)
-    if jump is not None:
+    of_loss = facts.kind in ("loss-spike", "loss-shift")
+    if jump is not None and not (of_loss and jump.cause.direction == "backward"):
         return Choice(jump.cause, terms, (), jump)
-    if terms and facts.kind in ("loss-spike", "loss-shift"):
+    if terms and of_loss:
         return Choice(Cause(None, "loss"), terms)
     return Choice(_of_trigger(facts), terms)
+
+
+def _loss_is_high(facts: Facts) -> bool:
+    """Whether it is a loss that has risen: what happens to the gradient in the same step cannot have done that."""
+    return bool(facts.kinds & {"loss-spike", "loss-shift"})
 
 
 def _direction(facts: Facts) -> Direction:
@@ -266,7 +270,7 @@ def _update(facts: Facts) -> Cause:
 
 
 def _altered(facts: Facts) -> Cause | None:
-    names = facts.vitals.altered or facts.vitals.bad_parameters
+    names = facts.vitals.altered or facts.vitals.uncleared or facts.vitals.bad_parameters
     bad = [name for name in facts.bad_given if name in names]
     if 0 < len(bad) < len(names):
         names = tuple(bad)  # clipped by an infinite norm: the others are zero

@@ -138,6 +138,7 @@ class FlightRecorder:
         self._keep_every = keep_every
         self._notes: StepNotes | None = None
         self._before: StepNotes | None = None  # of the last healthy step
+        self._earlier: list[StepNotes] = []  # of two healthy steps, as a shift is only seen after some bad ones
         self._spare: StepNotes | None = None
         self._good: list[_Snapshot] = []
         self._judged = False
@@ -217,7 +218,21 @@ class FlightRecorder:
         if self._triggers:
             self._spare, self._notes = self._notes, None  # the last healthy step stays the one to compare with
         else:
-            self._spare, self._before, self._notes = self._before, self._notes, None
+            last, self._before, self._notes = self._before, self._notes, None
+            self._spare = self._free(last)
+
+    def _free(self, last: StepNotes | None) -> StepNotes | None:
+        """Which of the notes is needed no more, when those before the last healthy step's are these."""
+        if last is None or last.number % self.detector.bounds.shift_steps:
+            return last
+        self._earlier.append(last)
+        return self._earlier.pop(0) if len(self._earlier) > 2 else None
+
+    def _contrast(self, triggers: Sequence[Trigger]) -> StepNotes | None:
+        """The last step from before all that is bad."""
+        since = min((t.since for t in triggers if t.kind == "loss-shift" and t.since is not None), default=None)
+        earlier = [notes for notes in self._earlier if since is not None and notes.number < since]
+        return earlier[-1] if earlier else self._before
 
     def failed(self, error: BaseException) -> None:
         """The step has raised an error: say what led to it. Never raises."""
@@ -418,7 +433,7 @@ class FlightRecorder:
                     self._notes,
                     vitals,
                     self.sentinel.fingerprint,
-                    contrast=self._before,
+                    contrast=self._contrast(triggers),
                     history=self.detector.typical(),
                     split=self._split,
                     names=self._names,

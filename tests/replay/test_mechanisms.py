@@ -395,6 +395,25 @@ def test_one_outlier_and_one_wrong_target() -> None:
     assert incident.terms[0] == "class"
 
 
+def test_wrong_labels_from_some_step_on() -> None:
+    """The shift is seen at its fifth step: the contrast is from before its first."""
+    loop = Loop(at=60)
+    loop.margin = 1.0
+    right = loop.batch
+
+    def batch() -> dict[str, Any]:
+        given = right()
+        return given | {"label": (given["label"] + 1) % 4} if loop.step >= 60 else given
+
+    loop.batch = batch  # type: ignore[method-assign]
+    incident = loop.run(after=6)[0]
+    assert (incident.step, incident.triggers[0].kind) == (64, "loss-shift")
+    assert incident.mechanism == "wrong-labels", incident.explanation
+    assert incident.evidence["the last healthy batch with these weights"] == "is healthy"
+    assert incident.terms[0] == "class"
+    assert incident.samples == ()
+
+
 def _larger_moments(loop: Loop) -> None:
     loop.optimizer.state[loop.model.mid.weight]["exp_avg"].mul_(1e4)
 
