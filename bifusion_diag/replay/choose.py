@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from bifusion_diag.probes.base import ROOT
 from bifusion_diag.replay.backward_trace import BackwardTrace, first_backward_jump
-from bifusion_diag.replay.facts import GRAPH, SPIKES, UPDATE, Facts, common_part, owner
+from bifusion_diag.replay.facts import GRAPH, SPIKES, UPDATE, Facts, common_part, few_row_norm, owner
 from bifusion_diag.replay.forward_trace import NEAR, ForwardTrace, Jump, first_forward_jump
 from bifusion_diag.replay.frames import told
 from bifusion_diag.replay.incident import Cause, Direction, SampleShare
@@ -133,6 +133,8 @@ def _spike(facts: Facts, terms: tuple[str, ...], samples: tuple[SampleShare, ...
     if facts.healthy_too:
         return _at_fault_is_the_code(facts, terms)
     jump = _forward_jump(facts)
+    if (norm := few_row_norm(facts)) is not None:
+        return Choice(Cause(norm.module, "forward", norm.op, norm.source), terms, samples, jump)
     if jump is not None and jump.cause.direction == "data":
         return Choice(jump.cause, terms, samples or _of_input(facts, jump.cause), jump)
     if (cause := outlier(facts)) is not None:

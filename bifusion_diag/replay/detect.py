@@ -237,8 +237,9 @@ class Detector:
             message = f"{len(left)} parameters, first {left[0]}, still had the gradients of the last update"
             yield Trigger("altered-gradient", f"{message}, and this step's were added", parameter=left[0])
         known = self._odd["altered"]
-        new = [name for name in v.altered if not known.get(name)]
-        if not new or self._steps < self.bounds.learnt:
+        new = [name for name in v.altered if not known.get(name)] if self._steps >= self.bounds.learnt else []
+        new = [*v.spoilt] or new  # no habit of a loop, however early in a stage
+        if not new:
             return
         message = f"the gradient of {new[0]} was changed after the backward pass, and of {len(new)} parameters"
         yield Trigger("altered-gradient", message, module=_owner(v, new[0]), parameter=new[0])

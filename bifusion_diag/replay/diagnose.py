@@ -14,7 +14,7 @@ from bifusion_diag.probes.ranks import world_size
 from bifusion_diag.replay import census
 from bifusion_diag.replay.backward_trace import trace_backward
 from bifusion_diag.replay.choose import Choice, choose, outlier
-from bifusion_diag.replay.facts import GRAPH, SPIKES, UPDATE, Facts, shows
+from bifusion_diag.replay.facts import GRAPH, SPIKES, UPDATE, Facts, few_row_norm, shows
 from bifusion_diag.replay.forward_trace import trace_forward
 from bifusion_diag.replay.gradient_end import where_gradient_ends
 from bifusion_diag.replay.incident import Incident, Reproduction
@@ -25,7 +25,7 @@ from bifusion_diag.replay.passes import run_pass
 from bifusion_diag.replay.recognise import Verdict, recognise
 from bifusion_diag.replay.samples import Names, SampleFinding, Split, sample_shares
 from bifusion_diag.replay.step import Fingerprint, Training
-from bifusion_diag.replay.terms import attribute_term, term_gradients
+from bifusion_diag.replay.terms import LOSS_KINDS, TermTable, attribute_term, term_gradients
 from bifusion_diag.replay.user_hooks import user_hooks, without
 from bifusion_diag.replay.vitals import Vitals
 
@@ -178,9 +178,9 @@ class _Diagnosis:
         loss_is_bad = facts.forward is not None and (facts.forward.bad_total or bool(facts.forward.bad_terms))
         if facts.kind in SPIKES or (bad_gradients and not loss_is_bad):
             facts.backward = self._take("the backward", lambda: trace_backward(self.training, self.notes))
+        self._census()  # before the samples, which take most of the time
         if not facts.healthy_too:
             self._samples()
-        self._census()
         if facts.kind in SPIKES and facts.healthy_too is False:
             self._healthy_traces()
 
@@ -190,7 +190,9 @@ class _Diagnosis:
         if facts.terms is None:
             return
         contrast = self.contrast
-        if facts.kind in SPIKES and facts.healthy_too is False and contrast is not None:
+        if facts.kind in LOSS_KINDS and facts.healthy is not None and facts.healthy_too is False:
+            facts.healthy_terms = TermTable(facts.healthy.terms, {}, {}, {})  # judged by their values: those are known
+        elif facts.kind in SPIKES and facts.healthy_too is False and contrast is not None:
             facts.healthy_terms = self._take(
                 "the terms' gradients of the healthy batch", lambda: term_gradients(training, contrast)
             )
@@ -226,6 +228,9 @@ class _Diagnosis:
         if facts.kind in SPIKES and contrast is not None and facts.census:
             found = self._take("the census of the healthy batch", lambda: census.take_census(self.training, contrast))
             facts.healthy_census = found or {}
+            if facts.healthy_census and few_row_norm(facts) is not None:
+                name = "the step with BatchNorm's running statistics"
+                facts.held = self._take(name, lambda: run_pass(self.training, self.notes, hold_norms=True))
 
     def _healthy_traces(self) -> None:
         facts, contrast = self.facts, self.contrast

@@ -24,6 +24,8 @@ from bifusion_diag.replay.vitals import Vitals
 GRAPH = frozenset({"detached-module", "dead-module", "frozen-module", "not-updated"})  # nothing is wrong with numbers
 UPDATE = frozenset({"nonfinite-weights", "update-jump"})  # seen after the update
 SPIKES = frozenset({"gradient-spike", "loss-spike", "loss-shift", "input-outlier", "overflowed-norm", "rule"})
+FEW_ROWS = 32  # of BatchNorm: below it a close-up or a blank image leaves channels that are nearly constant
+FAR = 10.0  # times smaller than in the healthy step
 
 
 @dataclass
@@ -48,6 +50,7 @@ class Facts:
         samples: what running the samples apart has shown.
         census: extremes of the forward.
         healthy_census: and of the healthy batch.
+        held: the step with BatchNorm's running statistics, where it took those of unusually few rows.
         hook: without which the step is healthy.
         hookless: the step without it.
         moments: of the optimisers that no gradients can have left.
@@ -73,6 +76,7 @@ class Facts:
     samples: SampleFinding | None = None
     census: Mapping[str, Sight] = field(default_factory=dict)
     healthy_census: Mapping[str, Sight] = field(default_factory=dict)
+    held: Pass | None = None
     hook: UserHook | None = None
     hookless: Pass | None = None
     moments: list[BadMoment] = field(default_factory=list)
@@ -138,6 +142,28 @@ def shows(found: Pass, facts: Facts) -> bool:
     if usual is not None and 0 < usual < trigger.value:
         return value > math.sqrt(usual * trigger.value)
     return value > trigger.value / 4
+
+
+def unusual(facts: Facts, *whats: str) -> bool:
+    """Whether the census of the step has something much smaller than that of the healthy step."""
+    for what in whats:
+        here, there = facts.census.get(what), facts.healthy_census.get(what)
+        if here is not None and (
+            there is None or here.value * FAR < there.value or (what.endswith("rows") and here.value * 4 <= there.value)
+        ):
+            return True
+    return False
+
+
+def few_row_norm(facts: Facts) -> Sight | None:
+    """The BatchNorm that took its statistics of the fewest rows, where they are few as in no healthy step, and the step
+    is not as bad with the running statistics: a handful of points is extreme in other ways too."""
+    rows = facts.census.get("batch norm rows")
+    if facts.kind not in SPIKES or rows is None or rows.value > FEW_ROWS:
+        return None
+    if facts.held is not None and facts.held.error is None and shows(facts.held, facts):
+        return None
+    return rows if unusual(facts, "batch norm rows", "batch norm variance") else None
 
 
 def value_of(found: Pass, facts: Facts) -> float | None:

@@ -101,6 +101,7 @@ class PartRuns:
         self._training, self._notes, self._contrast, self._split = training, notes, contrast, split
         self._backward = backward
         self._statistics: dict[str, tuple[Tensor, Tensor]] = {}
+        self._alone: dict[tuple[tuple[int, ...], bool], PartRun] = {}
         self.size = cut(notes.batch(), split).size
         self.healthy_size = 0 if contrast is None or not contrast.has_batch else cut(contrast.batch(), split).size
         self.steadies = steady and bool(_training_norms(training.model))
@@ -118,10 +119,12 @@ class PartRuns:
             return self._run(self._contrast, None)
 
     def alone(self, samples: Sequence[int], *, of_healthy: bool = False) -> PartRun:
-        """A sample, or a few, apart from the others."""
-        notes = self._contrast if of_healthy else self._notes
+        """A sample, or a few, apart from the others. Run once: of two, leaving one out is the other one alone."""
+        notes, key = self._contrast if of_healthy else self._notes, (tuple(samples), of_healthy)
         assert notes is not None
-        return self._run(notes, samples, steady=self.steadies)
+        if key not in self._alone:
+            self._alone[key] = self._run(notes, samples, steady=self.steadies)
+        return self._alone[key]
 
     def only(self, samples: Sequence[int]) -> PartRun:
         """The step with some of its samples; where their number does not suit it, with some of them twice."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bifusion_diag.probes.norms import norms_of
 from bifusion_diag.replay.notes import StepNotes
@@ -60,16 +61,20 @@ class Pass:
         return sound and not (self.bad_terms or self.bad_parameters or self.bad_buffers)
 
 
-def run_pass(training: Training, notes: StepNotes, *, bits: bool = False) -> Pass:
+def run_pass(training: Training, notes: StepNotes, *, bits: bool = False, hold_norms: bool = False) -> Pass:
     """Run a noted step again, forward and backward. Never raises what the step raises.
 
     Args:
         training: what runs, with the weights as they are now.
         notes: of the step.
         bits: take the digests too.
+        hold_norms: BatchNorm normalises with its running statistics, as in evaluation.
     """
     began = time.perf_counter()
     with notes.again() as batch:
+        for module in training.model.modules() if hold_norms else ():
+            if isinstance(module, _BatchNorm) and module.running_mean is not None:
+                module.training = False
         loss = None
         try:
             loss = training.loss(batch)

@@ -9,18 +9,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bifusion_diag.replay.choose import Choice, changed_outside, outlier
-from bifusion_diag.replay.facts import GRAPH, SPIKES, UPDATE, Facts
+from bifusion_diag.replay.facts import FEW_ROWS, GRAPH, SPIKES, UPDATE, Facts, few_row_norm, unusual, value_of
 from bifusion_diag.replay.mechanisms import MECHANISMS, UNKNOWN
 from bifusion_diag.replay.optimizer_state import held_by
 from bifusion_diag.replay.origin import Origin
 from bifusion_diag.replay.step import TOTAL
 
-FEW_ROWS = 32  # of BatchNorm: below it a close-up or a blank image leaves channels that are nearly constant
 TINY = 1e-4  # norm of a vector that is normalised
 SMALL = 1e-6  # divisor
 VAGUE = ("gradient-scaled", "module-output-jump", UNKNOWN)  # which say where and not why
 TORCH_FUNCTIONS = ("BackwardHookFunctionBackward", "CheckpointFunctionBackward")
-FAR = 10.0  # times smaller than in the healthy step
 
 
 @dataclass(frozen=True)
@@ -151,6 +149,8 @@ def _altered(facts: Facts, choice: Choice) -> Verdict | None:
         return _verdict("gradients-not-cleared", text, {"parameters that still had a gradient": len(names)})
     names = facts.vitals.altered or facts.bad_given
     text = f"the gradient of {_list(names)} is not what the backward left"
+    if facts.given and not any(facts.given.values()):
+        text += "; none is left when the optimiser steps: all were cleared, or clipped by an infinite norm"
     changes: dict[str, Any] = {}
     for name in names[:3]:
         before, after = (facts.again.norms if facts.again is not None else {}).get(name), facts.given.get(name)
@@ -319,17 +319,22 @@ def _hooked(facts: Facts, choice: Choice) -> Verdict | None:
 
 def _few_rows(facts: Facts, choice: Choice) -> Verdict | None:
     rows, variance = facts.census.get("batch norm rows"), facts.census.get("batch norm variance")
-    if rows is None or rows.value > FEW_ROWS or facts.kind not in (*SPIKES, "nonfinite-gradient"):
-        return None
     named = choice.cause is not None and "batchnorm" in (choice.cause.op or "").lower().replace("_", "")
-    unusual = facts.kind in SPIKES and _unusual(facts, "batch norm rows", "batch norm variance")
-    if not (named or unusual):
+    if not (rows is not None and rows.value <= FEW_ROWS and facts.kind == "nonfinite-gradient" and named):
+        rows = few_row_norm(facts)
+    if rows is None:
         return None
-    gain = f", a gain of {1 / math.sqrt(variance.value + 1e-5):.3g}" if variance is not None else ""
-    text = f"BatchNorm in train mode took its statistics of {rows.value:.0f} rows in {rows.module}{gain}"
+    text = f"BatchNorm in train mode took its statistics of {rows.value:.0f} rows in {rows.module}"
     numbers: dict[str, Any] = {"rows": rows.value, "layer": rows.module}
     if variance is not None:
+        where = "" if variance.module == rows.module else f" in {variance.module}"
+        text += f", and its gain was up to {1 / math.sqrt(variance.value + 1e-5):.3g}{where}"
         numbers["smallest variance"] = variance.text
+    value = None if facts.held is None or facts.held.error is not None else value_of(facts.held, facts)
+    now = facts.plain.triggers[0].value
+    if value is not None and now is not None:
+        numbers["with its running statistics"] = f"{value:.4g} instead of {now:.4g}"
+        text += f"; with its running statistics the step has {value:.4g} instead of {now:.4g}"
     return _verdict("few-row-batchnorm", text, numbers | _jump(choice))
 
 
@@ -354,18 +359,7 @@ def _fits(facts: Facts, choice: Choice, what: str) -> bool:
     """Whether an extreme is new in this step; where even the healthy batch is bad, whether it is where it began."""
     if facts.healthy_too:
         return choice.cause is not None and facts.census[what].module == choice.cause.module
-    return _unusual(facts, what)
-
-
-def _unusual(facts: Facts, *whats: str) -> bool:
-    """Whether the census of the step has something much smaller than that of the healthy step."""
-    for what in whats:
-        here, there = facts.census.get(what), facts.healthy_census.get(what)
-        if here is not None and (
-            there is None or here.value * FAR < there.value or (what.endswith("rows") and here.value * 4 <= there.value)
-        ):
-            return True
-    return False
+    return unusual(facts, what)
 
 
 def _data(facts: Facts, choice: Choice) -> Verdict | None:

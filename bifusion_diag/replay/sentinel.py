@@ -251,6 +251,7 @@ class Sentinel(Probe):
             step=number,
             rates=self._rates(),  # as the update will use them: a loop may set them after the backward
             altered=altered,
+            spoilt=self._spoilt(altered),
             scaled_out=scaled_out,
             bad_buffers=self._new_bad_buffers(),
             outside=self._outside(),
@@ -551,6 +552,16 @@ class Sentinel(Probe):
         held = {self._place.get(id(p)) for o in self._of_step() for group in o.param_groups for p in group["params"]}
         places = self._begun.altered([p.grad for p in self._parameters], self._norms, self._scale)
         return tuple(self._names[place] for place in places if place in held)
+
+    def _spoilt(self, altered: tuple[str, ...]) -> tuple[str, ...]:
+        """Those that were made NaN or infinite; all, where the whole step's gradient has become zero."""
+        if not altered:
+            return ()
+        there = {self._names[place]: p.grad for place, p in enumerate(self._parameters) if p.grad is not None}
+        norms = dict(zip(there, map(float, norms_of(list(there.values()))), strict=True))
+        if not any(norms.values()):
+            return altered
+        return tuple(name for name in altered if not math.isfinite(norms.get(name, 0.0)))
 
     def _of_step(self) -> tuple[Optimizer, ...]:
         assert self._stepping is not None

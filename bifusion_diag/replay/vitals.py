@@ -53,6 +53,7 @@ class Vitals:
         bad_parameters: names of those whose gradient is NaN or infinite.
         altered: names of parameters whose gradient was changed between the backward's end and the optimiser's step by
             more than one common finite factor.
+        spoilt: those of them whose gradient is not finite now; all of them where no gradient is left at all.
         uncleared: names of parameters that still held the gradient of the last update when the first backward began.
         ran: modules whose forward ran in this step.
         scaled_out: a GradScaler has found an overflow and skips the step, which is its work.
@@ -83,6 +84,7 @@ class Vitals:
     states: Mapping[str, int] = field(default_factory=dict)
     bad_parameters: tuple[str, ...] = ()
     altered: tuple[str, ...] = ()
+    spoilt: tuple[str, ...] = ()
     uncleared: tuple[str, ...] = ()
     ran: frozenset[str] = frozenset()
     scaled_out: bool = False

@@ -208,6 +208,10 @@ def test_batchnorm_over_a_handful_of_rows() -> None:
     assert incident.mechanism == "few-row-batchnorm"
     assert incident.evidence["rows"] == 2
     assert incident.evidence["layer"] == "body.1"
+    assert incident.cause is not None
+    assert (incident.cause.module, incident.cause.op) == ("body.1", "aten.native_batch_norm")
+    held, now = map(float, str(incident.evidence["with its running statistics"]).split(" instead of "))
+    assert held < now / 50, "it is the statistics that make the gradient large"
     assert "freeze-batchnorm" in incident.remedies
     cured = current[0] = Loop()
 
@@ -215,6 +219,24 @@ def test_batchnorm_over_a_handful_of_rows() -> None:
         loop.model.body[1].eval()
 
     assert cured.run(freeze, batch=close_up) == [], "the cure"
+
+
+@pytest.mark.parametrize(("value", "mechanism"), [(torch.nan, "nan-through-clipping"), (1e30, "gradient-scaled")])
+def test_a_gradient_that_is_lost_at_once_after_a_stage_begins(value: float, mechanism: str) -> None:
+    """An element is written after the backward, and clipping makes all of it NaN, or by an infinite norm zero: bad in
+    whatever step, when nothing is known yet of what the loop does to its gradients."""
+
+    def write(loop: Loop) -> None:
+        gradient = loop.model.mid.weight.grad
+        assert gradient is not None
+        gradient[2, 3] = value
+
+    def new_stage(loop: Loop) -> None:
+        loop.recorder.announce("stage S2")
+
+    incident = Loop(clip=1.0).run(new_stage, gradients=write)[0]
+    assert (incident.step, incident.kind, incident.mechanism) == (AT, "altered-gradient", mechanism)
+    assert ("clipped by an infinite norm" in incident.explanation) == (value == 1e30)
 
 
 def test_nan_through_clipping() -> None:
