@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ def save_checkpoint(
     info: dict[str, Any],
     *,
     keep: int = 2,
+    frozen: Set[str] | None = None,
 ) -> Path:
     """Write a checkpoint whole or not at all, and drop all but the newest ones.
 
@@ -58,17 +60,18 @@ def save_checkpoint(
     Args:
         parent: the folder of the run's checkpoints.
         step: steps done.
-        model: its state is stored except for parameters that no optimiser holds.
+        model: its state is stored except for parameters that are frozen for good.
         optimizer: its per-parameter state is stored under the parameters' names.
         info: JSON-serialisable facts to get back on resuming.
         keep: checkpoints that are there afterwards, the newest; 0 drops none.
+        frozen: names of parameters that are frozen for good. None: those that no optimiser holds.
     """
     target = parent / f"step-{step:06d}"
     random = random_states()
     if own_rank() != 0:
         return target
     names = _names_of(model, optimizer)
-    frozen = {name for name, _ in model.named_parameters()} - set(names.values())
+    frozen = _outside(model, names) if frozen is None else frozen
     tensors = {f"model/{k}": v for k, v in model.state_dict().items() if k not in frozen}
     for parameter, name in names.items():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -127,8 +130,10 @@ def _read(folder: Path) -> Checkpoint:
     return Checkpoint(folder, step, info)
 
 
-def restore_checkpoint(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put model, optimiser and random generators back to where they were.
+def restore_checkpoint(
+    checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, frozen: Set[str] | None = None
+) -> None:
+    """Put model, optimiser and random generators back to where they were; ``frozen`` as in :func:`save_checkpoint`.
 
     Raises:
         UserError: the state file is truncated, or does not fit the model that the settings gave.
@@ -140,7 +145,7 @@ def restore_checkpoint(checkpoint: Checkpoint, model: nn.Module, optimizer: torc
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({error}); delete its folder to use an older checkpoint") from error
     names = _names_of(model, optimizer)
-    frozen = {name for name, _ in model.named_parameters()} - set(names.values())
+    frozen = _outside(model, names) if frozen is None else frozen
     content = json.loads((checkpoint.folder / "checkpoint.json").read_text(encoding="utf-8"))
     if _digest(model, frozen) != content["frozen_digest"]:
         raise UserError(
@@ -178,7 +183,11 @@ def _names_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[nn.Par
     return {parameter: name for name, parameter in model.named_parameters() if id(parameter) in held}
 
 
-def _digest(model: nn.Module, names: set[str]) -> str:
+def _outside(model: nn.Module, names: Mapping[nn.Parameter, str]) -> set[str]:
+    return {name for name, _ in model.named_parameters()} - set(names.values())
+
+
+def _digest(model: nn.Module, names: Set[str]) -> str:
     sha = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if name in names:

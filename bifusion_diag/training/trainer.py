@@ -177,15 +177,22 @@ class Trainer:
         seed_rank(training.seed)
         self.replica = Replica(self.model)
         self.optimizer = build_optimizer(self.model, settings.optim)
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        self.frozen = frozenset(name for name, p in self.model.named_parameters() if id(p) not in held)  # for good
         self.faults = Faults(training.inject, self.model, self.optimizer, batch_size=training.batch_size)
+        for late in (one for one in self.faults.injections if one.step >= training.steps):
+            last = training.steps - 1
+            raise UserError(f"--inject {late.fault.name}@{late.step}: the run has steps 0 to {last}; give one of them")
         self.stages = StageSwitch(self.model, stages_of(settings), training.steps)
         self.recorder = self._make_recorder()
         self.stop = StopRequest()
         self.first_step = 0
+        self.begun = False  # the first step, when its state was saved
         if checkpoint is not None:
-            self.faults.before_step(checkpoint.step)  # parts that an earlier fault has left out; weights are restored
-            restore_checkpoint(checkpoint, self.model, self.optimizer)
+            restore_checkpoint(checkpoint, self.model, self.optimizer, self.frozen)
             self.first_step = checkpoint.step
+            self.begun = checkpoint.info.get("begun", False)
+            self.faults.before_step(self.first_step - (not self.begun), begun=True)  # what has been left out since
             if "recorder" in checkpoint.info:  # those of earlier versions hold none
                 self.recorder.load_state_dict(checkpoint.info["recorder"])
         validation = {} if self.evaluator is None else {"validation": self.evaluator.provenance()}
@@ -231,7 +238,6 @@ class Trainer:
 
     def _make_recorder(self) -> FlightRecorder:
         incidents = self.settings.incidents
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         return FlightRecorder(
             lambda batch: self.model(batch).loss,
             on_incident=incidents.policy,
@@ -240,7 +246,7 @@ class Trainer:
             rules=incidents.rules,
             keep_every=incidents.keep_every,
             settings=self.settings.model_dump(mode="json"),
-            rebuilt=[name for name, p in self.model.named_parameters() if id(p) not in held],
+            rebuilt=self.frozen,
         )
 
     def _initial_weights(self, checkpoint: Checkpoint | None) -> dict[str, Any] | None:
@@ -268,7 +274,7 @@ class Trainer:
                 ):
                     self.writer.event(None, "note", caveat)
             with ProgressDisplay(self.console, title, self.end, done) as display, self.monitor:
-                while done < self.end and not self.stop.requested:
+                while done < self.end and not self.stop.requested and bad is None:
                     self._enter(done, display)
                     measured = self._evaluated(done, display) if self._evaluates_before(done) else {}
                     if self.stop.requested:
@@ -277,7 +283,8 @@ class Trainer:
                         self._step(done, display)
                     except BadStepError as error:
                         bad = error
-                        break
+                        if not error.updated:
+                            break
                     done += 1
                     if done == training.steps:
                         measured = self._evaluated(done, display)
@@ -293,9 +300,9 @@ class Trainer:
                 message = f"{self.stop.signal_name}{where} after {done} of {self.end} steps"
                 self.writer.event(last, "signal", message)
             if bad is not None:
-                self.writer.event(done, "stop", str(bad))
+                self.writer.event(bad.incident.step, "stop", str(bad))
             if done > self.first_step or not done:  # else it is the checkpoint that the run was resumed from
-                self._save(done)
+                self._save(done, begun=bad is not None and not bad.updated)
             measures = measures_to_dict(measure_record(RecordReader(self.writer.folder)))
             self.writer.finish("interrupted" if done < self.end else "completed", measures=measures)
         if bad is not None and self.again is None:  # a replay has ended where the run did
@@ -322,7 +329,7 @@ class Trainer:
         rate = learning_rate(self.settings.optim, step, self.settings.training.steps)
         clip_scale = self.settings.optim.clip_lr_scale if self.stages.stage.slow_clip else 1.0
         rates = set_learning_rate(self.optimizer, rate, clip_scale=clip_scale)
-        self.faults.before_step(step)
+        self.faults.before_step(step, begun=self.begun and step == self.first_step)
         known = len(self.recorder.incidents)
         try:
             with self.faults.context(step), self.monitor.step(batch, step=step):
@@ -345,7 +352,7 @@ class Trainer:
         finally:
             for incident in self.recorder.incidents[known:]:
                 display.incident(f"step {step}: {incident.message}")
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)  # also of what a fault has taken out of the optimiser
         self.monitor.log("train/step_seconds", time.perf_counter() - began)
         verdict = agree([self.stop.received])
         self.stop.agree(verdict.flags[0], verdict.ranks[0])
@@ -388,14 +395,16 @@ class Trainer:
             message = f"weights after {done} steps"
             self.writer.event(done - 1 if done else None, FINGERPRINT, message, done=done, weights=self._weights())
 
-    def _save(self, done: int) -> None:
+    def _save(self, done: int, *, begun: bool = False) -> None:
+        """Write a checkpoint; ``begun``: from within the next step, into whose state its faults were put already."""
         if self.again is not None:
             return
         self.monitor.flush()
-        info = {**self.info, "recorder": self.recorder.state_dict(), "weights": self._weights()}
+        info = {**self.info, "recorder": self.recorder.state_dict(), "weights": self._weights(), "begun": begun}
         try:
             keep = self.settings.training.keep_checkpoints
-            save_checkpoint(checkpoint_folder(self.out), done, self.model, self.optimizer, info, keep=keep)
+            folder = checkpoint_folder(self.out)
+            save_checkpoint(folder, done, self.model, self.optimizer, info, keep=keep, frozen=self.frozen)
         except (OSError, SafetensorError) as error:  # a full disk ends no training
             message = f"no checkpoint after {done} steps: {error}"
             self.writer.event(done - 1 if done else None, "checkpoint", message)

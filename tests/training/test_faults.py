@@ -236,9 +236,9 @@ def test_what_cannot_be_injected_is_refused(run: Run, spec: str, told: str) -> N
 
 
 def test_a_moment_that_is_not_there_yet_is_told(run: Run) -> None:
-    faults = Faults(["nan-moment@0"], run.model, torch.optim.AdamW(run.model.parameters()), batch_size=2)
+    faults = Faults(["nan-moment@1"], run.model, torch.optim.AdamW(run.model.parameters()), batch_size=2)
     with pytest.raises(UserError, match="no moments yet"):
-        faults.before_step(0)
+        faults.before_step(1)
 
 
 def test_defaults_are_said(run: Run) -> None:

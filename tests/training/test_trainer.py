@@ -22,6 +22,8 @@ from bifusion_diag.config import Settings
 from bifusion_diag.errors import UserError
 from bifusion_diag.model.decoder import MixedQueryDecoder
 from bifusion_diag.record import Run, load_run
+from bifusion_diag.replay.incident import Trigger
+from bifusion_diag.replay.recorder import BadStepError
 from bifusion_diag.training import Trainer, resume_training
 from bifusion_diag.training.checkpoint import latest_checkpoint, save_checkpoint
 from bifusion_diag.training.progress import ProgressDisplay
@@ -221,7 +223,7 @@ def train_and_be_killed(settings: Settings, out: Path) -> None:
     trainer = Trainer(settings, out, ["grads"], [], Console(quiet=True))
     save = trainer._save
 
-    def save_and_be_killed(done: int) -> None:
+    def save_and_be_killed(done: int, *, begun: bool = False) -> None:
         save(done)
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -292,3 +294,58 @@ def test_the_module_table_counts_what_learns_in_the_run_not_in_its_first_stage(t
     assert trainable["encoder.backbone.conv0p1s1"] > 0  # frozen in stage S0
     assert trainable["encoder.gate.point_mlp.0"] > 0  # frozen in the gate's early phase
     assert sum(trainable.values()) == run.parameters["total"]["trainable"]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["scale-weights@2", "zero-second-moment@2", "zero-lr@1:decoder", "not-in-optimizer@1:decoder", "frozen@2:decoder"],
+)
+def test_a_fault_of_the_first_resumed_step_or_of_one_before_is_the_same_as_without_an_interruption(
+    train: Train, tiny: Callable[..., Settings], quiet: Console, tmp_path: Path, fault: str
+) -> None:
+    options = (f"training.inject=['{fault}']", "incidents.capsules=0")
+    whole = train("baseline-5cm", *options, name="whole")
+    trainer = Trainer(tiny("baseline-5cm", *options), tmp_path / "parts.json", [], [], quiet)
+    trainer.end = 2  # ends after two of its four steps
+    trainer.run()
+    second = resume_training(tmp_path / "parts.json", console=quiet)
+    for name in ("loss/total", "train/grad_norm"):
+        np.testing.assert_array_equal(values(second, name), values(whole, name))
+    assert_same_tensors(weights(tmp_path, "parts"), weights(tmp_path, "whole"))
+
+
+@pytest.mark.parametrize(("fault", "done"), [("high-lr@3", 4), ("scale-weights@3", 3)])
+def test_a_stopped_run_goes_on_where_it_is_before_the_bad_step_or_behind_it(
+    train: Train, tiny: Callable[..., Settings], quiet: Console, tmp_path: Path, fault: str, done: int
+) -> None:
+    """The rate that is too high is seen of what its update has done: the step is done, and is not done again."""
+    options = (f"training.inject=['{fault}']", "incidents.policy=stop", "incidents.capsules=0")
+    whole = train("baseline-5cm", options[0], options[2], name="whole", steps=6)
+    trainer = Trainer(tiny("baseline-5cm", *options, steps=6), tmp_path / "run.json", [], [], quiet)
+    judges = "judge_update" if done == 4 else "judge"
+    judge = getattr(trainer.recorder.detector, judges)  # which needs more steps than a test should take
+    alarm = [Trigger("rule", "the fault's step")]
+    setattr(trainer.recorder.detector, judges, lambda vitals: alarm if vitals.step == 3 else judge(vitals))
+    with pytest.raises(BadStepError, match="before the update" if done == 3 else "after the update") as caught:
+        trainer.run()
+    assert caught.value.updated == (done == 4)
+    assert latest_checkpoint(tmp_path / "run.checkpoints").step == done
+    stopped = load_run(tmp_path / "run.json")
+    assert [(event.step, event.kind) for event in stopped.events][-1] == (3, "stop")
+    assert list(stopped.steps) == [0, 1, 2, 3]
+    second = resume_training(tmp_path / "run.json", console=quiet)
+    assert (second.status, list(second.steps)) == ("completed", list(range(6)))
+    np.testing.assert_array_equal(values(second, "loss/total"), values(whole, "loss/total"))
+    assert_same_tensors(weights(tmp_path, "run"), weights(tmp_path, "whole"))
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [("nan-term@4", "the run has steps 0 to 3"), ("nan-moment@0", "no moments"), ("nan-buffer@1:criterion", "no buf")],
+)
+def test_a_fault_that_cannot_strike_is_named_before_anything_is_written(
+    train: Train, tmp_path: Path, fault: str, said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        train("baseline-5cm", f"training.inject=['{fault}']")
+    assert not list(tmp_path.iterdir())

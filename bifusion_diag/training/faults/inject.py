@@ -20,6 +20,7 @@ from bifusion_diag.errors import UserError, near_matches
 from bifusion_diag.model.outputs import LossOutput
 from bifusion_diag.model.segmenter import Segmenter
 from bifusion_diag.probes.ranks import own_rank, world_size
+from bifusion_diag.training.faults import states
 from bifusion_diag.training.faults.catalogue import FAULTS, Fault
 from bifusion_diag.training.faults.outputs import changed
 from bifusion_diag.training.faults.states import split_off
@@ -93,7 +94,7 @@ class Faults:
                     optimizer.step()
 
     When a step runs again, in place or of a capsule, ``context`` alone is needed: the rest is in the batch and the
-    state. A run that is resumed calls ``before_step`` of its first step before the checkpoint is restored.
+    state.
 
     Args:
         specs: NAME@STEP[:WHERE] each.
@@ -123,9 +124,16 @@ class Faults:
         """Messages of the faults that begin at this step, for events of kind "inject"."""
         return [injection.message for injection in self.injections if injection.step == step]
 
-    def before_step(self, step: int) -> None:
-        """Change weights, buffers, the optimiser's state, and what requires a gradient."""
+    def before_step(self, step: int, *, begun: bool = False) -> None:
+        """Change weights, buffers, the optimiser's state, and what requires a gradient.
+
+        Args:
+            step: that is about to begin.
+            begun: its state was saved when it had begun, and is restored: what lasts is done again, and nothing twice.
+        """
         for injection in self._due(step, "weights"):
+            if begun and not injection.fault.lasts:
+                continue
             try:
                 injection.fault.act(self._module(injection), self._optimizer)
             except (IndexError, StopIteration, ValueError) as error:
@@ -203,6 +211,15 @@ class Faults:
             where = where or self._default_module()
             if where not in self._modules or not where:
                 raise UserError(f"{told}: the model has no module {where!r}.{near_matches(where, self._modules)}")
+            if fault.point in ("weights", "gradients", "rates"):
+                what = "buffers" if fault.act is states.nan_buffer else "weights"
+                module = self._modules[where]
+                if not any(
+                    x.is_floating_point() for x in (module.buffers if what == "buffers" else module.parameters)()
+                ):
+                    raise UserError(f"{told}: {where!r} has no {what}; give another")
+            if injection.step == 0 and fault.act in (states.nan_moment, states.zero_second_moment):
+                raise UserError(f"{told}: there are no moments before the first update; give a later step")
         elif fault.where == "term":
             names = self._model.criterion.term_names
             where = where if injection.where or where in names else names[0]
