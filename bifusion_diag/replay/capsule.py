@@ -23,7 +23,8 @@ import random
 import re
 import shutil
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -56,6 +57,11 @@ JSON_FILE, STATE_FILE, BATCH_FILE, BATCH_JSON = "capsule.json", "state.safetenso
 NO_STEP = "no step function was given"  # to the recorder
 ALIKE = 3  # capsules of incidents with one kind and place
 SPARE = 64_000_000  # bytes that a capsule leaves free on the disk: the record goes on
+#: What capsule.json must hold to be looked at.
+_CONTENT: dict[str, type | tuple[type, ...]] = {
+    "step": int, "incident": dict, "settings": dict, "environment": dict, "model": dict, "optimizers": list,
+    "random": dict, "files": dict, "weights": str, "rank": int, "ranks": int,
+}  # fmt: skip
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _NONFINITE = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
 
@@ -395,9 +401,12 @@ def read_capsule(folder: Path | str) -> Capsule:
         raise UserError(f"{path} has format version {version}; this bifusion-diag reads up to {FORMAT_VERSION}")
     if content.get("checksum") != _own_checksum(content):
         raise UserError(f"{path} is not as it was written: its checksum differs. {again}")
+    lacks = [name for name, kind in _CONTENT.items() if not isinstance(content.get(name), kind)]
+    if lacks or set(content["files"]) != {STATE_FILE, BATCH_FILE, BATCH_JSON}:
+        raise UserError(f"{path} lacks {', '.join(lacks) or 'some of its files'}: bifusion-diag has not written it")
     for name, stored in content["files"].items():
         try:
-            found = _checksum(folder / Path(name).name)
+            found = _checksum(folder / name)
         except OSError as error:
             raise UserError(f"{folder / name} cannot be read ({error.strerror}). {again}") from error
         if found != stored:
@@ -405,7 +414,10 @@ def read_capsule(folder: Path | str) -> Capsule:
                 f"has {found['bytes']} bytes, not {stored['bytes']}" if found["bytes"] != stored["bytes"] else "differs"
             )
             raise UserError(f"{folder / name} is not as it was written: it {what}. {again}")
-    return Capsule(folder, content, Incident.from_dict(_lenient(content["incident"])))
+    with _readable_content(path):
+        capsule = Capsule(folder, content, Incident.from_dict(_lenient(content["incident"])))
+        _ = capsule.fingerprint  # is read late
+        return capsule
 
 
 def restore_capsule(capsule: Capsule, training: Training) -> tuple[Training, StepNotes]:
@@ -422,6 +434,11 @@ def restore_capsule(capsule: Capsule, training: Training) -> tuple[Training, Ste
     Raises:
         UserError: the capsule does not fit the model, or the rebuilt weights are not those of the run.
     """
+    with _readable_content(capsule.folder / JSON_FILE):
+        return _restored(capsule, training)
+
+
+def _restored(capsule: Capsule, training: Training) -> tuple[Training, StepNotes]:
     model, stored = training.model, capsule.content["model"]
     _restore_weights(capsule, training)
     _restore_buffers(capsule, model)
@@ -590,6 +607,18 @@ def _encode_scaler(scaler: GradScaler | None) -> dict[str, Any] | None:
     if scaler is None or not scaler.is_enabled():
         return None
     return {"device": scaler._device, "state": scaler.state_dict(), "used": scaler._scale is not None}
+
+
+@contextmanager
+def _readable_content(path: Path) -> Iterator[None]:
+    """Inside, what is read of a file of ours with a right checksum. What does not fit is somebody else's, or another
+    version's."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise UserError(f"{path} holds what this bifusion-diag cannot read ({_in_words(error)})") from error
 
 
 def _restore_weights(capsule: Capsule, training: Training) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from bifusion_diag.errors import UserError
+
 _TYPES = ("cpu", "cuda")
 
 
@@ -40,14 +42,21 @@ def machine(model: nn.Module) -> dict[str, Any]:
 
 @contextmanager
 def as_on(stored: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, threads and switches are those that :func:`machine` told."""
+    """Inside, threads and switches are those that :func:`machine` told.
+
+    Raises:
+        UserError: they are none.
+    """
     before = machine(nn.Module())
     os.environ.update({"CUBLAS_WORKSPACE_CONFIG": v} if (v := stored.get("cublas_workspace")) else {})
     try:
-        _switch(stored)
         with ExitStack() as stack:
-            for kind, dtype in stored["autocast"].items():
-                stack.enter_context(torch.autocast(kind, dtype=getattr(torch, dtype)))
+            try:
+                _switch(stored)
+                for kind, dtype in stored["autocast"].items():
+                    stack.enter_context(torch.autocast(kind, dtype=getattr(torch, dtype)))
+            except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                raise UserError(f"the threads and switches that are stored cannot be set here: {error!r}") from error
             yield
     finally:
         _switch(before)

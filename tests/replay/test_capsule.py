@@ -18,7 +18,15 @@ from torch import nn
 
 from bifusion_diag.errors import UserError
 from bifusion_diag.replay import capsule as module
-from bifusion_diag.replay.capsule import CapsuleWriter, parse_size, read_capsule, restore_capsule, run_again
+from bifusion_diag.replay.capsule import (
+    CapsuleWriter,
+    _own_checksum,
+    parse_size,
+    read_capsule,
+    restore_capsule,
+    run_again,
+)
+from bifusion_diag.replay.execute import replay_capsule
 from bifusion_diag.replay.incident import Cause, Incident, SampleShare, Trigger
 from bifusion_diag.replay.notes import StepNotes
 from bifusion_diag.replay.step import Training, fingerprint
@@ -321,6 +329,29 @@ def test_what_is_no_capsule_is_refused() -> None:
             read_capsule("other")
     with pytest.raises(UserError, match="is no capsule: it has no"):
         read_capsule("nowhere")
+
+
+@pytest.mark.parametrize(
+    ("forged", "words"),
+    [
+        ({"files": {}}, "lacks some of its files"),
+        ({"files": None, "ranks": "2"}, "lacks files, ranks"),
+        ({"incident": {}}, "cannot read"),
+        ({"fingerprint": {}}, "cannot read"),
+        ({"model": {}}, "cannot read"),
+        ({"random": {"python": [1]}}, "cannot read"),
+        ({"environment": {"threads": -1}}, "cannot be set here"),
+    ],
+)
+def test_a_forged_capsule_with_a_right_checksum_is_refused_in_words(forged: dict[str, Any], words: str) -> None:
+    training = make()
+    path = Path(write(training, in_a_step(training)), "capsule.json")
+    content = json.loads(path.read_text()) | forged
+    path.write_text(json.dumps(content | {"checksum": _own_checksum(content)}))
+    before = torch.get_num_threads()
+    with pytest.raises(UserError, match=words):
+        replay_capsule(read_capsule(path), make())
+    assert torch.get_num_threads() == before
 
 
 def test_a_model_that_does_not_fit_is_told() -> None:
