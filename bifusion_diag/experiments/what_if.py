@@ -325,7 +325,7 @@ def print_result(console: Console, result: WhatIf) -> None:
         f"What if: step {result.capsule.step} and the {result.steps} after it, from the same state", style="bold"
     )
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("")
+    table.add_column("", overflow="fold")  # a name cut short is no name
     for title in ("grad norm", "not finite", "spikes", f"loss after {result.steps}", "cost"):
         table.add_column(title, justify="right")
     table.add_column("")

@@ -19,7 +19,7 @@ SERIES = (
     "gate/<module>/mean (or share_lt_0.05, share_gt_0.95, nonfinite), input/<field>/absmax"
 )
 _OPERATORS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
-_RULE = re.compile(r"\s*(\S.*?)\s*(>=|<=|>|<)\s*(\S+)\s*")
+_RULE = re.compile(r"\s*([^\s<>][^<>]*?)\s*(>=|<=|>|<)\s*(\S+)\s*")
 _GATE = {"mean": "mean", "share_lt_0.05": "low", "share_gt_0.95": "high", "nonfinite": "bad"}
 
 

@@ -82,6 +82,7 @@ def test_functions_and_one_text_alone() -> None:
         ("loss/mask > ten", "'ten' is no number"),
         ("loss/mask > nan", "NaN"),
         ("loss/mask == 3", "is no comparison"),
+        ("loss/mask >> 3", "is no comparison"),
         ("lost/mask > 3", "no series 'lost/mask'"),
         ("gate/net/median > 3", "no series 'gate/net/median'"),
         ("", "is no comparison"),
