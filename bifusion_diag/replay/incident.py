@@ -175,7 +175,7 @@ class Incident:
         capsule: folder of the capsule; None where none was written.
         capsule_note: why not, or what it leaves out.
         seconds: that the diagnosis took.
-        step_seconds: that the step itself took up to the alarm.
+        step_seconds: that a step takes up to where it is judged: this one, or a healthy one where that takes longer.
     """
 
     step: int

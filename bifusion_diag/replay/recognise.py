@@ -334,7 +334,7 @@ def _few_rows(facts: Facts, choice: Choice) -> Verdict | None:
     now = facts.plain.triggers[0].value
     if value is not None and now is not None:
         numbers["with its running statistics"] = f"{value:.4g} instead of {now:.4g}"
-        text += f"; with its running statistics the step has {value:.4g} instead of {now:.4g}"
+        text += f"; with its running statistics the number that set off the alarm is {value:.4g} instead of {now:.4g}"
     return _verdict("few-row-batchnorm", text, numbers | _jump(choice))
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import statistics
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -143,6 +145,8 @@ class FlightRecorder:
         self._good: list[_Snapshot] = []
         self._judged = False
         self._in_a_row = 0
+        self._took = 0.0  # s, of the step under way up to where it is judged; 0: it is not yet
+        self._seconds: deque[float] = deque(maxlen=20)  # of healthy steps
         self._alike: dict[tuple[str, str | None, str | None], int] = {}
         self._diverged = False
         self._credit = MOST_EXAMS
@@ -175,7 +179,7 @@ class FlightRecorder:
 
     def begin(self, number: int, batch: Any) -> None:
         """A step begins with this batch, which is loaded."""
-        self._judged = False
+        self._judged, self._took = False, 0.0
         self._updates = 0
         self._triggers: list[Trigger] = []
         self._vitals: Vitals | None = None
@@ -191,7 +195,7 @@ class FlightRecorder:
             BadStepError: it is bad and the policy is "stop".
         """
         if not self._judged and self._notes is not None:
-            self._judged = True
+            self._judged, self._took = True, time.perf_counter() - self._began
             self._vitals = self.sentinel.measure(self._notes.number)
             self._judge(self._vitals, optimizer)
 
@@ -204,7 +208,7 @@ class FlightRecorder:
         if self._notes is None:
             return
         if not self._judged:
-            self._judged = True
+            self._judged, self._took = True, time.perf_counter() - self._began
             self._vitals = self.sentinel.measure(self._notes.number)
             self._judge(self._vitals, None)
         assert self._vitals is not None
@@ -215,6 +219,8 @@ class FlightRecorder:
                 self._handle(vitals, triggers, None, updated=True)
         self.detector.remember(vitals)
         self._in_a_row = self._in_a_row + 1 if self._triggers else 0
+        if not self._triggers:
+            self._seconds.append(self._took)
         if self._triggers:
             self._spare, self._notes = self._notes, None  # the last healthy step stays the one to compare with
         else:
@@ -410,7 +416,8 @@ class FlightRecorder:
     def _explain(self, vitals: Vitals, triggers: list[Trigger], error: BaseException | None) -> Incident:
         """The incident, taken apart as far as it is worth it. Never raises."""
         assert self._notes is not None
-        first, took = triggers[0], time.perf_counter() - self._began
+        took = self._took or time.perf_counter() - self._began
+        first, took = triggers[0], max(took, statistics.median(self._seconds or [0.0]))
         plain = Incident(vitals.step, first.kind, tuple(triggers), rank=own_rank(), step_seconds=took)
         place = (first.kind, first.module, first.term)
         self._alike[place] = self._alike.get(place, 0) + 1

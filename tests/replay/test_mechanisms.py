@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -219,6 +220,19 @@ def test_batchnorm_over_a_handful_of_rows() -> None:
         loop.model.body[1].eval()
 
     assert cured.run(freeze, batch=close_up) == [], "the cure"
+
+
+def test_the_time_of_a_diagnosis_is_measured_by_usual_steps() -> None:
+    """A step on a handful of rows is over at once, and what it is compared with is not."""
+    loop = Loop()
+
+    def work(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        time.sleep(0.0 if loop.step == AT else 0.02)
+        return terms
+
+    loop.extra = work
+    incident = only(loop.run(batch=lambda batch: batch | {"x": batch["x"] * torch.nan}))
+    assert incident.step_seconds > 0.02
 
 
 @pytest.mark.parametrize(("value", "mechanism"), [(torch.nan, "nan-through-clipping"), (1e30, "gradient-scaled")])
