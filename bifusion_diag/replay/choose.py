@@ -121,8 +121,7 @@ def _of_shape(facts: Facts) -> tuple[SampleShare, ...]:
     found = [i for i, lengths in enumerate(facts.samples.lengths) if sizes & lengths]
     if len(found) != 1:
         return ()
-    called = {row["sample"]: (row["name"], tuple(row["notes"])) for row in facts.samples.rows}
-    name, notes = called.get(found[0], (None, ()))
+    name, notes = facts.samples.named[found[0]]
     return (SampleShare(found[0], name, f"the empty selection has its shape, {tuple(empty[0])}", notes),)
 
 

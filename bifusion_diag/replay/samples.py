@@ -64,6 +64,7 @@ class SampleFinding:
         runs: how often the step, or a part of it, was run.
         small: that the guilty one has far fewer rows than the others, in words; "" where it has not.
         lengths: of each sample how many rows it has in some tensor, or says that it has.
+        named: of each sample its name, None where the batch does not say, and the notes on it.
     """
 
     shares: tuple[SampleShare, ...] = ()
@@ -72,6 +73,7 @@ class SampleFinding:
     runs: int = 0
     small: str = ""
     lengths: tuple[frozenset[int], ...] = ()
+    named: tuple[tuple[str | None, tuple[str, ...]], ...] = ()
 
 
 def sample_shares(
@@ -113,8 +115,9 @@ def sample_shares(
     guilty, reason = search.find(kind, terms)
     shares = tuple(SampleShare(i, called[i], why, said[i]) for i, why in guilty.items())
     rows = tuple({"sample": i, "name": called[i], "notes": list(said[i]), **row} for i, row in search.rows())
+    named = tuple(zip(called, said, strict=True))
     small = search.small(shares[0].index) if shares else ""
-    return SampleFinding(shares, rows, "" if guilty else reason, runs.count, small, tuple(runs.lengths()))
+    return SampleFinding(shares, rows, "" if guilty else reason, runs.count, small, tuple(runs.lengths()), named)
 
 
 class _Search:
