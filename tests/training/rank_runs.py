@@ -17,10 +17,9 @@ from torch import Tensor
 
 from bifusion_diag.config import Settings, load_settings
 from bifusion_diag.data import Batch
-from bifusion_diag.probes.ranks import own_rank, world_size
+from bifusion_diag.probes.ranks import gather, own_rank, world_size
 from bifusion_diag.record import Run
 from bifusion_diag.training import Trainer, resume_training
-from bifusion_diag.probes.ranks import gather
 from bifusion_diag.training.distributed import Replica, process_group
 
 QUIET = Console(quiet=True)

@@ -23,8 +23,8 @@ from bifusion_diag.data import BatchLoader
 from bifusion_diag.errors import UserError
 from bifusion_diag.record import RecordError, RecordReader, load_run
 from bifusion_diag.record.reader import read_state
-from bifusion_diag.training import resume_training
 from bifusion_diag.replay.sights import Sight, where_it_began
+from bifusion_diag.training import resume_training
 from bifusion_diag.training.evaluation import training_source
 
 pytestmark = pytest.mark.slow

@@ -193,10 +193,10 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(
 def test_a_run_killed_after_its_last_checkpoint_is_closed_by_resuming_it(
     train: Train, tiny: Callable[..., Settings], quiet: Console, tmp_path: Path
 ) -> None:
-    whole = train("baseline-5cm", name="whole", probes=("grads",))
+    whole = train("baseline-5cm", "training.threads=1", name="whole", probes=("grads",))
     out = tmp_path / "run.json"
     child = torch.multiprocessing.get_context("spawn").Process(
-        target=train_and_be_killed, args=(tiny("baseline-5cm"), out), daemon=True
+        target=train_and_be_killed, args=(tiny("baseline-5cm", "training.threads=1"), out), daemon=True
     )
     child.start()
     child.join(120)
@@ -219,7 +219,6 @@ def test_a_run_killed_after_its_last_checkpoint_is_closed_by_resuming_it(
 
 def train_and_be_killed(settings: Settings, out: Path) -> None:
     """In a process of its own: all steps, the last checkpoint, and then nothing more."""
-    torch.set_num_threads(1)
     trainer = Trainer(settings, out, ["grads"], [], Console(quiet=True))
     save = trainer._save
 
