@@ -726,6 +726,10 @@ class _Gradients:
         same = (rest < ALIKE) & (np.abs(factor - usual) <= ALIKE * abs(usual)) & (usual != 0)
         odd = judged & ~same & ~clipped
         odd |= judged & ~np.isfinite(after).all(1)
+        if odd.sum() > max(1, len(odd) // 2):  # clipping has spread it: to blame is what was written to once more
+            writes = np.array([now._version - then for now, then in zip(there, self.versions, strict=True)])
+            more = odd & (writes > np.median(writes))
+            odd = more if 0 < more.sum() <= len(odd) // 2 else odd
         elsewhere = self._elsewhere(there, odd, usual, norms, scale)
         return [self.places[i] for i in sorted({*np.flatnonzero(odd).tolist(), *elsewhere})]
 
