@@ -437,8 +437,8 @@ def replays(capsules: Sequence[str]) -> dict[str, Any]:
 
 def _replay(folder: str) -> dict[str, Any]:
     from bifusion_diag.experiments.rebuild import is_own, rebuild
-    from bifusion_diag.replay.capsule import read_capsule
-    from bifusion_diag.replay.execute import replay_capsule
+    from bifusion_diag.replay.capsules.capsule import read_capsule
+    from bifusion_diag.replay.capsules.execute import replay_capsule
     from bifusion_diag.replay.step import Training
 
     capsule = read_capsule(folder)

@@ -51,8 +51,8 @@ from bifusion_diag.data import BatchLoader, open_source
 from bifusion_diag.model.build import build_model
 from bifusion_diag.probes import PROBES, Monitor, Probe, make_probes
 from bifusion_diag.record import RunHeader, RunWriter, TensorBoardSink
-from bifusion_diag.replay.detect import DEFAULT_BOUNDS, Detector
 from bifusion_diag.replay.recorder import FlightRecorder
+from bifusion_diag.replay.watch.detect import DEFAULT_BOUNDS, Detector
 from bifusion_diag.training.optim import build_optimizer
 
 BARE = ("bare", "bare, again")

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from bifusion_diag.replay.execute import Replay
+    from bifusion_diag.replay.capsules.execute import Replay
     from bifusion_diag.replay.incident import Incident, ModuleTrace, SampleShare
 
 _BAR = 24  # characters of the longest bar in a trace

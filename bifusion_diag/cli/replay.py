@@ -13,7 +13,7 @@ from bifusion_diag.cli.incidents import print_incident, print_readings, print_re
 from bifusion_diag.errors import UserError
 
 if TYPE_CHECKING:
-    from bifusion_diag.replay.capsule import Capsule
+    from bifusion_diag.replay.capsules.capsule import Capsule
     from bifusion_diag.replay.step import Training
 
 
@@ -53,7 +53,7 @@ def replay(
 
     Exit codes: 0 bit-identical · 1 not · 2 bad input.
     """
-    from bifusion_diag.replay.capsule import JSON_FILE
+    from bifusion_diag.replay.capsules.capsule import JSON_FILE
 
     console = Console()
     if path.name == JSON_FILE or (path / JSON_FILE).is_file():
@@ -99,8 +99,8 @@ def _replay_capsule(
 ) -> bool:
     from bifusion_diag.files import write_text
     from bifusion_diag.record import codec
-    from bifusion_diag.replay.capsule import plain_json, read_capsule
-    from bifusion_diag.replay.execute import replay_capsule
+    from bifusion_diag.replay.capsules.capsule import plain_json, read_capsule
+    from bifusion_diag.replay.capsules.execute import replay_capsule
 
     capsule = read_capsule(path)
     build = _builder(capsule, entry)
@@ -131,7 +131,7 @@ def _builder(capsule: Capsule, entry: str | None) -> Callable[[], Training]:
         UserError: it is of users' code, and no entry is given.
     """
     if entry is not None:
-        from bifusion_diag.replay.execute import training_of
+        from bifusion_diag.replay.capsules.execute import training_of
 
         named = entry
         return lambda: training_of(named, capsule)

@@ -19,11 +19,11 @@ from bifusion_diag.experiments.rebuild import Parts, parts_of, settings_of
 from bifusion_diag.model.losses import Criterion
 from bifusion_diag.model.segmenter import Segmenter
 from bifusion_diag.probes.loss_terms import LossTerms
-from bifusion_diag.replay.batches import cut
-from bifusion_diag.replay.capsule import Capsule, restore_capsule
+from bifusion_diag.replay.capsules.capsule import Capsule, restore_capsule
+from bifusion_diag.replay.examine.batches import cut
 from bifusion_diag.replay.notes import copy_batch
 from bifusion_diag.replay.step import Training
-from bifusion_diag.replay.what_if import Change, Course
+from bifusion_diag.replay.trials.what_if import Change, Course
 from bifusion_diag.training.evaluation import training_source
 from bifusion_diag.training.optim import clip_gradient, learning_rate, set_learning_rate
 

@@ -14,7 +14,7 @@ from bifusion_diag.errors import UserError
 from bifusion_diag.model.build import build_model
 from bifusion_diag.model.checkpoints import load_weights
 from bifusion_diag.model.segmenter import Segmenter
-from bifusion_diag.replay.capsule import Capsule
+from bifusion_diag.replay.capsules.capsule import Capsule
 from bifusion_diag.replay.step import Training
 from bifusion_diag.training.determinism import choose_device, make_deterministic
 from bifusion_diag.training.faults import FAULTS, Faults, parse_injections

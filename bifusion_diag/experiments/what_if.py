@@ -29,13 +29,13 @@ from bifusion_diag.experiments.courses import JUDGED, OwnRun, UserCourse, patche
 from bifusion_diag.files import write_text
 from bifusion_diag.record import load_run
 from bifusion_diag.record.codec import encode
-from bifusion_diag.replay import remedies
-from bifusion_diag.replay.capsule import Capsule
+from bifusion_diag.replay.capsules.capsule import Capsule
+from bifusion_diag.replay.capsules.machine import as_on
 from bifusion_diag.replay.incident import Incident
-from bifusion_diag.replay.machine import as_on
-from bifusion_diag.replay.remedies import Action, Remedy
 from bifusion_diag.replay.step import Training
-from bifusion_diag.replay.what_if import AS_IT_WAS, STEPS, Change, Course, Trial, helpful, try_all
+from bifusion_diag.replay.trials import remedies
+from bifusion_diag.replay.trials.remedies import Action, Remedy
+from bifusion_diag.replay.trials.what_if import AS_IT_WAS, STEPS, Change, Course, Trial, helpful, try_all
 
 AUTO = "auto"
 TOGETHER = " + "  # between the parts of one change

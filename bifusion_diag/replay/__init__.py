@@ -3,7 +3,7 @@
 from bifusion_diag.replay.incident import Cause, Incident, Reproduction, SampleShare, Trigger
 from bifusion_diag.replay.recorder import POLICIES, BadStepError, FlightRecorder
 from bifusion_diag.replay.step import Training
-from bifusion_diag.replay.vitals import Vitals
+from bifusion_diag.replay.watch.vitals import Vitals
 
 __all__ = [
     "POLICIES",

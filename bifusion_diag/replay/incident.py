@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from bifusion_diag.replay.mechanisms import MECHANISMS, UNKNOWN
+from bifusion_diag.replay.examine.mechanisms import MECHANISMS, UNKNOWN
 
 #: How an incident is bad, with what it means. The ids are stable: they stand in records and capsules.
 KINDS: dict[str, str] = {
@@ -163,7 +163,7 @@ class Incident:
         cause: where it began; None where it could not be found.
         terms: the loss terms that it comes from, the strongest first.
         samples: the samples that it comes from, the strongest first; empty: all alike.
-        mechanism: id of :mod:`bifusion_diag.replay.mechanisms`; "unknown".
+        mechanism: id of :mod:`bifusion_diag.replay.examine.mechanisms`; "unknown".
         explanation: the mechanism in two sentences, with this step's numbers.
         evidence: name → number or text, in the order of importance.
         tables: name → rows: "terms" (gradient norm of each term by module), "samples", "modules" (see ModuleTrace).

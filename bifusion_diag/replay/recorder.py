@@ -21,19 +21,19 @@ from torch.optim import Optimizer
 
 from bifusion_diag.errors import UserError, near_matches
 from bifusion_diag.probes.ranks import agree, gather, own_rank, world_size
-from bifusion_diag.replay.batches import Names, Split, cut, sample_names, sample_notes
-from bifusion_diag.replay.capsule import CapsuleWriter
-from bifusion_diag.replay.detect import DEFAULT_BOUNDS, Bounds, Detector
-from bifusion_diag.replay.diagnose import diagnose
-from bifusion_diag.replay.gradient_end import where_gradient_ends
+from bifusion_diag.replay.capsules.capsule import CapsuleWriter
+from bifusion_diag.replay.examine.batches import Names, Split, cut, sample_names, sample_notes
+from bifusion_diag.replay.examine.diagnose import diagnose
+from bifusion_diag.replay.examine.gradient_end import where_gradient_ends
+from bifusion_diag.replay.examine.samples import sample_shares
 from bifusion_diag.replay.incident import Incident, Reproduction, Trigger
 from bifusion_diag.replay.notes import StepNotes
-from bifusion_diag.replay.rules import Rule, make_rules
-from bifusion_diag.replay.samples import sample_shares
-from bifusion_diag.replay.sentinel import Sentinel
 from bifusion_diag.replay.sights import Sight, where_it_began
 from bifusion_diag.replay.step import StepFunction, Training
-from bifusion_diag.replay.vitals import Vitals
+from bifusion_diag.replay.watch.detect import DEFAULT_BOUNDS, Bounds, Detector
+from bifusion_diag.replay.watch.rules import Rule, make_rules
+from bifusion_diag.replay.watch.sentinel import Sentinel
+from bifusion_diag.replay.watch.vitals import Vitals
 
 Policy = Literal["record", "skip", "rollback", "stop"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bifusion_diag.replay.capsule import CapsuleWriter
+from bifusion_diag.replay.capsules.capsule import CapsuleWriter
 from bifusion_diag.replay.incident import Cause, Incident, SampleShare, Trigger
 from bifusion_diag.replay.notes import StepNotes
 from bifusion_diag.replay.step import Training

@@ -16,8 +16,8 @@ from bifusion_diag.config import Settings, load_settings
 from bifusion_diag.data import BatchLoader
 from bifusion_diag.experiments.rebuild import is_own, rebuild, settings_of
 from bifusion_diag.model.build import build_model
-from bifusion_diag.replay.capsule import CapsuleWriter, read_capsule
-from bifusion_diag.replay.execute import replay_capsule
+from bifusion_diag.replay.capsules.capsule import CapsuleWriter, read_capsule
+from bifusion_diag.replay.capsules.execute import replay_capsule
 from bifusion_diag.replay.incident import Incident, Trigger
 from bifusion_diag.replay.notes import StepNotes
 from bifusion_diag.replay.step import Training
@@ -33,7 +33,8 @@ TINY = (
 )  # fmt: skip
 NEW_PROCESS = (
     "import sys; from bifusion_diag.experiments.rebuild import rebuild;"
-    "from bifusion_diag.replay.capsule import read_capsule; from bifusion_diag.replay.execute import replay_capsule\n"
+    "from bifusion_diag.replay.capsules.capsule import read_capsule;"
+    "from bifusion_diag.replay.capsules.execute import replay_capsule\n"
     "for folder in sys.argv[1:]:\n"
     "    capsule = read_capsule(folder); found = replay_capsule(capsule, rebuild(capsule))\n"
     "    print(found.identical, found.compared, found.difference, *found.reasons, sep=' | ')"

@@ -30,14 +30,14 @@ from bifusion_diag.experiments.what_if import (
 )
 from bifusion_diag.model.build import build_model
 from bifusion_diag.record.incidents import read_incident_files
-from bifusion_diag.replay import remedies
-from bifusion_diag.replay.capsule import CapsuleWriter, read_capsule
-from bifusion_diag.replay.execute import training_of
+from bifusion_diag.replay.capsules.capsule import CapsuleWriter, read_capsule
+from bifusion_diag.replay.capsules.execute import training_of
 from bifusion_diag.replay.incident import Incident, SampleShare, Trigger
 from bifusion_diag.replay.notes import StepNotes
-from bifusion_diag.replay.remedies import Action
 from bifusion_diag.replay.step import Training
-from bifusion_diag.replay.what_if import AS_IT_WAS, Trial
+from bifusion_diag.replay.trials import remedies
+from bifusion_diag.replay.trials.remedies import Action
+from bifusion_diag.replay.trials.what_if import AS_IT_WAS, Trial
 from bifusion_diag.training.determinism import make_deterministic
 from bifusion_diag.training.evaluation import training_source
 from bifusion_diag.training.faults import Faults

@@ -180,5 +180,5 @@ def test_incidents_that_follow_each_other_are_not_all_taken_apart(tmp_path: Path
 
 
 def test_bad_options_are_refused() -> None:
-    with pytest.raises(UserError, match="no policy. Did you mean 'skip'"):
+    with pytest.raises(UserError, match=r"no policy\. Did you mean 'skip'"):
         FlightRecorder(on_incident="skipp")  # type: ignore[arg-type]

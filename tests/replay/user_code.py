@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bifusion_diag.probes import Monitor
-from bifusion_diag.replay.capsule import CapsuleWriter, read_capsule
-from bifusion_diag.replay.execute import replay_capsule, training_of
+from bifusion_diag.replay.capsules.capsule import CapsuleWriter, read_capsule
+from bifusion_diag.replay.capsules.execute import replay_capsule, training_of
 from bifusion_diag.replay.incident import Incident, Trigger
 from bifusion_diag.replay.notes import StepNotes
 from bifusion_diag.replay.recorder import BadStepError, FlightRecorder

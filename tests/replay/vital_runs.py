@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bifusion_diag.probes.monitor import Monitor
-from bifusion_diag.replay.detect import DEFAULT_BOUNDS, Bounds, Detector
 from bifusion_diag.replay.incident import Trigger
-from bifusion_diag.replay.rules import Rule
-from bifusion_diag.replay.sentinel import Sentinel
-from bifusion_diag.replay.vitals import Vitals
+from bifusion_diag.replay.watch.detect import DEFAULT_BOUNDS, Bounds, Detector
+from bifusion_diag.replay.watch.rules import Rule
+from bifusion_diag.replay.watch.sentinel import Sentinel
+from bifusion_diag.replay.watch.vitals import Vitals
 
 
 class Watch:

@@ -20,7 +20,7 @@ from bifusion_diag.experiments.what_if import AS_IT_WAS, WhatIf, save
 from bifusion_diag.record import Event, Run, RunHeader, RunWriter, incident_folder, load_run
 from bifusion_diag.record.schema import IncidentFiles
 from bifusion_diag.replay.incident import Cause, Incident, Reproduction, SampleShare, Trigger
-from bifusion_diag.replay.what_if import Change, Trial, TrialStep
+from bifusion_diag.replay.trials.what_if import Change, Trial, TrialStep
 from bifusion_diag.reports import print_run, render_comparison, render_run
 from bifusion_diag.reports.incidents import AROUND, LENGTH, SHOWN, assignment, incident_groups
 

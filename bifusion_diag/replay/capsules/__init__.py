@@ -1,0 +1,1 @@
+"""A bad step on disk, and run again from there."""

@@ -1,0 +1,1 @@
+"""A bad step and those after it under changes that may help."""
