@@ -34,8 +34,10 @@ demo: install
 	@$(VENV)/bin/bifusion-diag compare $(DEMO)/baseline-5cm.json $(DEMO)/bifusion-fragile.json $(DEMO)/bifusion.json \
 		--html $(DEMO)/report.html
 
+## Two processes of one thread each: small tensors gain nothing from a second thread. WORKERS=0 runs all in one.
+WORKERS ?= 2
 test: install
-	@$(PY) -m pytest
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n $(WORKERS) --dist loadfile
 
 lint: install
 	@$(VENV)/bin/ruff check .

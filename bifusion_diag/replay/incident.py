@@ -200,8 +200,9 @@ class Incident:
 
     @property
     def family(self) -> str:
-        """The kind of event in the record: "non-finite", "spike", or the incident's own kind."""
-        return FAMILY.get(self.kind, self.kind)
+        """The kind of event in the record: "non-finite" or "spike" if one of its triggers is, or its own kind."""
+        families = {FAMILY.get(trigger.kind) for trigger in self.triggers} | {FAMILY.get(self.kind)}
+        return next((family for family in (NON_FINITE, SPIKE) if family in families), self.kind)
 
     @property
     def place(self) -> str:
