@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
 import statistics
 import time
@@ -62,6 +63,26 @@ class BadStepError(RuntimeError):
         super().__init__(f"step {incident.step}: {incident.triggers[0].message}; stopped {when} the update")
         self.incident = incident
         self.updated = updated
+
+
+def _guarded(method: Callable[..., None]) -> Callable[..., None]:
+    """A defect of ours, or of a rule of the user's, switches the recorder off: training goes on. Of several processes
+    it is raised, as the others would wait."""
+
+    @functools.wraps(method)
+    def call(self: FlightRecorder, *arguments: Any) -> None:
+        if self._off:
+            return
+        try:
+            method(self, *arguments)
+        except BadStepError:
+            raise
+        except Exception as error:
+            if world_size() > 1:
+                raise
+            self._switch_off(f"{method.__name__}: {type(error).__name__}: {error}")
+
+    return call
 
 
 @dataclass
@@ -149,6 +170,7 @@ class FlightRecorder:
         self._seconds: deque[float] = deque(maxlen=20)  # of healthy steps
         self._alike: dict[tuple[str, str | None, str | None], int] = {}
         self._diverged = False
+        self._off = False
         self._credit = MOST_EXAMS
 
     # --- called by the Monitor -----------------------------------------------------------------------------------
@@ -177,6 +199,7 @@ class FlightRecorder:
         self._capsules.open(model, folder)
         self._event = event
 
+    @_guarded
     def begin(self, number: int, batch: Any) -> None:
         """A step begins with this batch, which is loaded."""
         self._judged, self._took = False, 0.0
@@ -188,6 +211,7 @@ class FlightRecorder:
         if self.policy == "rollback" and number % self._keep_every == 0 and self._in_a_row == 0:
             self._keep(number)
 
+    @_guarded
     def before_update(self, optimizer: Optimizer) -> None:
         """An optimiser is about to step: judge the step, once.
 
@@ -199,6 +223,7 @@ class FlightRecorder:
             self._vitals = self.sentinel.measure(self._notes.number)
             self._judge(self._vitals, optimizer)
 
+    @_guarded
     def end(self) -> None:
         """The step block ends; also where no optimiser has stepped in it.
 
@@ -253,6 +278,13 @@ class FlightRecorder:
             self._handle(vitals, [*self.detector.judge(vitals), trigger], None, updated=False, error=error)
         except Exception as second:
             warnings.warn(f"the error of step {self._notes.number} could not be diagnosed: {second}", stacklevel=2)
+
+    def _switch_off(self, why: str) -> None:
+        step = -1 if self._notes is None else self._notes.number
+        self._off, self._notes = True, None
+        message = f"the flight recorder is off: {why}"
+        self._event(step, "recorder", message, {})
+        warnings.warn(f"step {step}: {message}. Training goes on.", RuntimeWarning, stacklevel=4)
 
     def announce(self, what: str) -> None:
         """Say that the next step is meant to be different: a stage, a schedule, new losses, frozen parts. What the

@@ -179,6 +179,17 @@ def test_incidents_that_follow_each_other_are_not_all_taken_apart(tmp_path: Path
     ]
 
 
+def test_a_rule_that_raises_switches_the_recorder_off_and_training_goes_on(tmp_path: Path) -> None:
+    def broken(vitals: Any) -> str | None:
+        return str(1 / 0) if vitals.step == 5 else None
+
+    bare = run(tmp_path / "bare.json", None, bad=None)
+    with pytest.warns(RuntimeWarning, match="the flight recorder is off: .*ZeroDivisionError"):
+        watched = run(tmp_path / "run.json", recorder_of(rules=[broken]), bad=None)
+    assert same(bare["state"], watched["state"])
+    assert [event.step for event in load_run(tmp_path / "run.json").events if event.kind == "recorder"] == [5]
+
+
 def test_bad_options_are_refused() -> None:
     with pytest.raises(UserError, match=r"no policy\. Did you mean 'skip'"):
         FlightRecorder(on_incident="skipp")  # type: ignore[arg-type]
