@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bifusion_diag.diagnosis.spikes import SpikeDetector
+from bifusion_diag.diagnosis.spikes import FACTOR, MIN_PREVIOUS, SpikeDetector
 from bifusion_diag.probes.base import ROOT
 from bifusion_diag.replay.incident import Trigger
 from bifusion_diag.replay.watch.rules import Rule
@@ -110,6 +110,7 @@ class Detector:
         self.rules = tuple(rules)
         self._inputs: dict[str, list[float]] = {}  # by path: batches, largest ever, batches with bad values
         self._rates_most: dict[str, float] = {}
+        self._whole_run = SpikeDetector()  # of the gradient's norm, which no stage makes forget
         self.forget("")
 
     def forget(self, what: str) -> None:
@@ -273,7 +274,7 @@ class Detector:
             return
         usual = {name: self._norms[name].median() for name in v.norms if name in self._norms}
         growth = {name: v.norms[name] / value for name, value in usual.items() if value > 0}
-        if self._total.judge(v.grad_norm):
+        if self._is_spike(v.grad_norm):
             before = statistics.median(self._total.previous)
             module = max(growth, key=lambda name: growth[name], default=None)
             stands_out = module is not None and growth[module] > 5 * statistics.median(growth.values())
@@ -307,6 +308,15 @@ class Detector:
                 value=v.norms[name],
                 limit=bounds.module_factor * usual[name],
             )
+
+    def _is_spike(self, norm: float) -> bool:
+        """Whether the norm is a spike among those since the last stage began; where these are few, among all of the run
+        if it is as far above these few."""
+        since = self._total.previous
+        few = 2 <= len(since) < MIN_PREVIOUS
+        return self._total.judge(norm) or (
+            few and norm > FACTOR * statistics.median(since) and self._whole_run.judge(norm)
+        )
 
     def _loss_spikes(self, v: Vitals) -> Iterator[Trigger]:
         if self._thawed(v):
@@ -629,6 +639,7 @@ class Detector:
         self._weights = dict(v.weights)
         if v.grad_norm is not None and not v.scaled_out:
             self._total.update(v.grad_norm)
+            self._whole_run.update(v.grad_norm)
             for name, norm in v.norms.items():
                 if math.isfinite(norm) and norm > 0:
                     series = self._norms.setdefault(name, _Series())
@@ -763,6 +774,7 @@ class Detector:
             **series,
             **{name: getattr(self, f"_{name}") for name in _PLAIN},
             "total": self._total.previous,
+            "whole_run": self._whole_run.previous,
             "alphas": {name: list(rows) for name, rows in self._alphas.items()},
             "told": sorted(self._told),
         }
@@ -775,6 +787,7 @@ class Detector:
         for name in _PLAIN:
             setattr(self, f"_{name}", state[name])
         self._total = SpikeDetector(state["total"])
+        self._whole_run = SpikeDetector(state["whole_run"])
         self._alphas = {name: deque(rows, maxlen=WINDOW) for name, rows in state["alphas"].items()}
         self._told = set(state["told"])
 

@@ -942,3 +942,17 @@ def test_a_term_that_hardly_counts_is_not_suspect(weight: float, expected: list[
 def _with_kl(step: int, value: float, weight: float) -> Vitals:
     terms, weights = {"nll": 1.0, "kl": value}, {"nll": 1.0, "kl": weight}
     return Vitals(step, terms=terms, weights=weights, total=1.0 + weight * value, grad_norm=1.0)
+
+
+@pytest.mark.parametrize(("later", "expected"), [([6.0, 7.0, 116.0, 6.0], [32]), ([60.0, 70.0, 66.0, 58.0], [])])
+def test_a_spike_soon_after_an_announced_stage(later: list[float], expected: list[int]) -> None:
+    """A new level is what was announced; a spike above the new level too, and above all of the run, is not."""
+    detector = Detector()
+    spikes = []
+    for step, norm in enumerate([5.0, 4.0, 6.0] * 10 + later):
+        if step == 30:
+            detector.forget("stage S2")
+        vitals = Vitals(step, grad_norm=norm)
+        spikes += [step for trigger in detector.judge(vitals) if trigger.kind == "gradient-spike"]
+        detector.remember(vitals)
+    assert spikes == expected
