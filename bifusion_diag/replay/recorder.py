@@ -203,7 +203,6 @@ class FlightRecorder:
     def begin(self, number: int, batch: Any) -> None:
         """A step begins with this batch, which is loaded."""
         self._judged, self._took = False, 0.0
-        self._updates = 0
         self._triggers: list[Trigger] = []
         self._vitals: Vitals | None = None
         self._began = time.perf_counter()
