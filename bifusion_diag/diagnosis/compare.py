@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from bifusion_diag.diagnosis.criteria import Criterion, judge
 from bifusion_diag.diagnosis.definitions import definition_of, member_of
 from bifusion_diag.diagnosis.findings import Context, Finding, Unmeasured, apply_rules
-from bifusion_diag.diagnosis.incident_rules import without_repeats
 from bifusion_diag.diagnosis.incidents import incidents_of
 from bifusion_diag.diagnosis.measures import Measures
 from bifusion_diag.diagnosis.modules import ModuleGradient, ModulePair, module_gradients, pair_modules
@@ -22,6 +21,7 @@ from bifusion_diag.diagnosis.parting import Parting, find_partings, first_loss_d
 from bifusion_diag.diagnosis.quantity import NotMeasured, Quantity, Reading, number
 from bifusion_diag.diagnosis.restrict import cut_run, measure_on
 from bifusion_diag.diagnosis.rules import RULES
+from bifusion_diag.diagnosis.rules.incidents import without_repeats
 from bifusion_diag.diagnosis.settings_diff import SettingGroup, diff_settings
 from bifusion_diag.diagnosis.thresholds import DEFAULT_THRESHOLDS, Thresholds
 from bifusion_diag.diagnosis.validation import common_evaluation, same_validation, validation_limits
@@ -165,7 +165,7 @@ def _assess(
 ) -> RunAssessment:
     measures = measure_on(run, steps)
     part = cut_run(run, steps)
-    context = Context(part, measures, thresholds)
+    context = Context(part, measures, thresholds, baseline)
     found, unmeasured = apply_rules(context, RULES)
     findings = without_repeats(found)
     return RunAssessment(

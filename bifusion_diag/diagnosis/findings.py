@@ -77,6 +77,7 @@ class Context:
     run: Run
     measures: Measures
     thresholds: Thresholds = DEFAULT_THRESHOLDS
+    baseline: Run | None = None  # what the run is compared with
 
     @cached_property
     def settings(self) -> dict[str, Any]:

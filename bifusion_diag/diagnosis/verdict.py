@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bifusion_diag.diagnosis.findings import SEVERITIES, Finding
-from bifusion_diag.diagnosis.incident_rules import PREFIX
 from bifusion_diag.diagnosis.incidents import RecordedIncident
 from bifusion_diag.diagnosis.measures import Measures
 from bifusion_diag.diagnosis.quantity import NotMeasured, Quantity
+from bifusion_diag.diagnosis.rules.incidents import PREFIX
 from bifusion_diag.diagnosis.thresholds import DEFAULT_THRESHOLDS, Thresholds
 from bifusion_diag.record.schema import Run
 

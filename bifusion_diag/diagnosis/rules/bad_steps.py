@@ -1,0 +1,196 @@
+"""Rules of bad steps: a loss or a gradient that is not finite, a norm that jumps. Those that an incident explains are
+left to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from bifusion_diag.diagnosis.findings import Context, Evidence, Finding
+from bifusion_diag.diagnosis.measures import LISTED_STEPS
+from bifusion_diag.diagnosis.names import NORM, TOTAL
+from bifusion_diag.diagnosis.origins import Origin, most_common_place
+from bifusion_diag.diagnosis.quantity import NotMeasured, Quantity, Reading
+from bifusion_diag.diagnosis.rules.projection import LETS_THROUGH, SANITIZE
+from bifusion_diag.diagnosis.spikes import FACTOR, WINDOW
+
+LOSS_FACTOR = 1.5  # a loss above so many times its median of the steps before has risen
+
+
+def nonfinite_loss(context: Context) -> list[Finding] | NotMeasured:
+    """A loss term is NaN or infinite: one finding a term."""
+    if context.run.series(TOTAL) is None:
+        return NotMeasured(f"{TOTAL} was not recorded")
+    if (untraced := _untraced(context)) is not None:
+        return untraced
+    findings = []
+    for term in dict.fromkeys(term for origin in context.origins for term in origin.terms):
+        steps = [origin for origin in context.origins if term in origin.terms]
+        remedy = None
+        if context.settings.get("losses.instance.empty_match") == "nan" and term.startswith("inst"):
+            remedy = {"losses.instance.empty_match": "zero"}
+        elif context.settings.get(SANITIZE) in LETS_THROUGH and _mostly_badly_projected(context, steps):
+            remedy = {SANITIZE: "strict"}
+        known = [finite for origin in steps if (finite := _is_finite(context, NORM, origin.step)) is not None]
+        finite_norm = sum(known)
+        if finite_norm:
+            mechanism = (
+                f"At {finite_norm} of {len(known)} steps every gradient is finite all the same: the term is averaged "
+                "over nothing or is cut off from the weights, and skipping the step would throw good gradients away."
+            )
+        elif known:
+            mechanism = "The gradient norm is non-finite at the same steps: the term reaches the weights."
+        else:
+            mechanism = "The record does not tell whether the gradients of these steps are finite."
+        with_finite: Reading = (
+            Quantity(finite_norm, "steps") if known else NotMeasured("no gradient norm of these steps")
+        )
+        findings.append(
+            Finding(
+                "nonfinite-loss",
+                "error",
+                f"Loss term {term} is non-finite",
+                (
+                    *_steps_evidence(context, steps, f"loss/{term}/raw"),
+                    Evidence("of these with a finite gradient norm", with_finite, NORM),
+                ),
+                mechanism,
+                *_extent(steps),
+                term=term,
+                samples=steps[0].scenes,
+                remedy=remedy,
+            )
+        )
+    return findings
+
+
+def nonfinite_gradient(context: Context) -> list[Finding] | NotMeasured:
+    """The loss is finite and the gradient is not: one finding a module where it starts."""
+    norm = context.run.series(NORM)
+    if norm is None:
+        return NotMeasured(f"{NORM} was not recorded")
+    if (untraced := _untraced(context)) is not None:
+        return untraced
+    started = [origin for origin in context.origins if origin.kind == "non-finite" and not origin.terms]
+    findings = []
+    for module in dict.fromkeys(origin.module for origin in started):
+        steps = [origin for origin in started if origin.module == module]
+        place = f"in {module}" if module else "in a place that the record does not show (probe grads tells)"
+        remedy = None
+        if context.settings.get(SANITIZE) in LETS_THROUGH and _mostly_badly_projected(context, steps):
+            remedy = {SANITIZE: "strict"}
+        findings.append(
+            Finding(
+                "nonfinite-gradient",
+                "error",
+                f"Non-finite gradient with a finite loss, first {place}",
+                _steps_evidence(context, steps, NORM),
+                "It arises in the backward pass. One non-finite element makes the total norm non-finite; clipping by "
+                "that norm then spreads it to every gradient, and an optimiser step to every weight.",
+                *_extent(steps),
+                module=module,
+                samples=steps[0].scenes,
+                remedy=remedy,
+            )
+        )
+    return findings
+
+
+def gradient_spike(context: Context) -> list[Finding] | NotMeasured:
+    """Jumps of the gradient norm: one finding."""
+    if isinstance(reading := context.reading("spikes"), NotMeasured):
+        return reading
+    steps = [origin for origin in context.origins if origin.kind == "spike"]
+    if not steps:
+        return []
+    place = most_common_place(steps)
+    evidence = _steps_evidence(context, steps, NORM)
+    mechanism = _loss_at_spikes(context, [origin.step for origin in steps])
+    module = None
+    if place is not None:
+        module, count = place
+        growths = [origin.growth or 0.0 for origin in steps if origin.module == module]
+        growth = max(growths)
+        evidence += (Evidence(f"largest growth in {module}", Quantity(growth, "×"), f"grads/{module}/param_norm"),)
+        what = (
+            "the first module of the backward pass whose gradient jumps"
+            if min(growths) > FACTOR
+            else "the first module of the backward pass whose gradient jumps, or the one whose gradient grew most"
+            if growth > FACTOR
+            else f"the module whose gradient grew most; no module's grew more than {FACTOR:g} ×"
+        )
+        mechanism += f" At {count} of {len(steps)}, {module} is {what}."
+    return [
+        Finding(
+            "gradient-spike",
+            "warning",
+            "The gradient norm jumps",
+            evidence,
+            mechanism.strip(),
+            *_extent(steps),
+            module=module,
+            samples=steps[0].scenes,
+        )
+    ]
+
+
+def _is_finite(context: Context, name: str, step: int) -> bool | None:
+    """Whether a value is finite; None where the record doesn't tell."""
+    series = context.run.series(name)
+    if series is None:
+        return None
+    here = np.flatnonzero((series.steps <= step) & (step <= series.last))
+    if not here.size or series.missing[here[0]]:
+        return None
+    nonfinite = series.nonfinite[here[0]]
+    return None if 0 < nonfinite < series.rows[here[0]] else bool(nonfinite == 0)
+
+
+def _untraced(context: Context) -> NotMeasured | None:
+    """Why bad steps that are known have no origin, where that is so."""
+    if context.measures.bad and not context.measures.origins:
+        return NotMeasured("there are bad steps, but the record is reduced and holds no origins of them")
+    return None
+
+
+def _loss_at_spikes(context: Context, steps: Sequence[int]) -> str:
+    """What the total loss does at these steps, in words; "" where the record doesn't tell."""
+    total = context.run.series(TOTAL)
+    if total is None:
+        return ""
+    if not total.exact:
+        return "The loss is finite at these steps."
+    risen = 0
+    for step in steps:
+        place = int(np.searchsorted(total.steps, step))
+        before = total.value[max(0, place - WINDOW) : place]
+        before = before[np.isfinite(before)]
+        risen += bool(before.size and total.value[place] > LOSS_FACTOR * np.median(before))
+    if not risen:
+        return "The loss is finite at these steps and does not rise with the gradient norm."
+    return (
+        f"The loss is finite at these steps; at {risen} of {len(steps)} it rises too, to more than {LOSS_FACTOR:g} × "
+        f"its median of the {WINDOW} steps before."
+    )
+
+
+def _mostly_badly_projected(context: Context, origins: Sequence[Origin]) -> bool:
+    """Whether at least half of these steps also have non-finite camera coordinates."""
+    series = [context.run.series(f"projection/{name}") for name in ("nan", "inf")]
+    bad = {int(step) for one in series if one is not None for step in one.steps[one.max > 0]}
+    return 2 * sum(origin.step in bad for origin in origins) >= len(origins)
+
+
+def _extent(origins: Sequence[Origin]) -> tuple[tuple[int, int], int]:
+    return (origins[0].step, origins[-1].step), len(origins)
+
+
+def _steps_evidence(context: Context, origins: Sequence[Origin], series: str) -> tuple[Evidence, ...]:
+    measures = context.measures
+    all_listed = max(len(measures.nonfinite), len(measures.spikes)) < LISTED_STEPS
+    label = "steps" if all_listed else f"steps, of the {len(measures.origins)} bad ones that were traced"
+    return (
+        Evidence(label, Quantity(len(origins), "steps"), series),
+        Evidence("first step", Quantity(origins[0].step, "step"), series),
+    )

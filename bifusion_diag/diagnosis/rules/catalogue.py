@@ -1,0 +1,46 @@
+"""The catalogue: every rule once. A new one is a function in this room, a line here, and a page in `pages/`."""
+
+from __future__ import annotations
+
+from bifusion_diag.diagnosis.findings import Rule
+from bifusion_diag.diagnosis.rules.bad_steps import gradient_spike, nonfinite_gradient, nonfinite_loss
+from bifusion_diag.diagnosis.rules.clip import clip_out_of_range, scale_mismatch
+from bifusion_diag.diagnosis.rules.counts import (
+    attention_masked_rows,
+    data_nonfinite,
+    empty_matches,
+    labels_out_of_range,
+    nonfinite_output,
+)
+from bifusion_diag.diagnosis.rules.gate import alpha_out_of_band, alpha_stuck, gate_saturated
+from bifusion_diag.diagnosis.rules.incidents import incident_findings
+from bifusion_diag.diagnosis.rules.optimiser import clipping_always_on
+from bifusion_diag.diagnosis.rules.projection import low_valid_share, projection_nonfinite
+from bifusion_diag.diagnosis.rules.terms import dominant_term
+
+RULES: tuple[Rule, ...] = (
+    Rule("incident", "Bad steps taken apart", incident_findings),
+    # bad steps
+    Rule("nonfinite-loss", "Non-finite loss", nonfinite_loss),
+    Rule("nonfinite-gradient", "Non-finite gradient", nonfinite_gradient),
+    Rule("gradient-spike", "Spikes of the gradient norm", gradient_spike),
+    # inside the model
+    Rule("nonfinite-output", "Non-finite output of a module", nonfinite_output),
+    Rule("attention-masked-rows", "Attention rows without a key", attention_masked_rows),
+    Rule("empty-match", "Scenes without a matched query", empty_matches),
+    # data
+    Rule("labels-out-of-range", "Labels out of range", labels_out_of_range),
+    Rule("data-nonfinite", "Non-finite data", data_nonfinite),
+    Rule("projection-nonfinite", "Non-finite projection", projection_nonfinite),
+    Rule("low-valid-share", "Low valid share", low_valid_share),
+    # optimiser
+    Rule("clipping-always-on", "Clipping always on", clipping_always_on),
+    # the fusion
+    Rule("alpha-out-of-band", "Mean α outside its band", alpha_out_of_band),
+    Rule("alpha-stuck", "α stuck after the warm-up", alpha_stuck),
+    Rule("gate-saturated", "Gate saturated", gate_saturated),
+    Rule("clip-out-of-range", "CLIP features out of range", clip_out_of_range),
+    Rule("scale-mismatch", "2D and 3D features differ in scale", scale_mismatch),
+    # loss terms
+    Rule("dominant-term", "One term dominates the loss", dominant_term),
+)
