@@ -10,6 +10,7 @@ from functools import reduce
 import numpy as np
 from numpy.typing import NDArray
 
+from bifusion_diag.diagnosis.attribution import Attribution
 from bifusion_diag.diagnosis.criteria import Criterion, judge
 from bifusion_diag.diagnosis.definitions import definition_of, member_of
 from bifusion_diag.diagnosis.findings import Context, Finding, Unmeasured, apply_rules
@@ -23,6 +24,7 @@ from bifusion_diag.diagnosis.restrict import cut_run, measure_on
 from bifusion_diag.diagnosis.rules import RULES
 from bifusion_diag.diagnosis.rules.incidents import without_repeats
 from bifusion_diag.diagnosis.settings_diff import SettingGroup, diff_settings
+from bifusion_diag.diagnosis.suspicion import Suspect
 from bifusion_diag.diagnosis.thresholds import DEFAULT_THRESHOLDS, Thresholds
 from bifusion_diag.diagnosis.validation import common_evaluation, same_validation, validation_limits
 from bifusion_diag.diagnosis.verdict import Verdict, ending_of, judge_pair, judge_run, with_ending
@@ -94,6 +96,8 @@ class RunComparison:
         modules: gradients of the modules that both have, worst first.
         settings: side by side, differences first.
         limits: what cannot be compared, and what the comparison had to leave out.
+        attribution: modules and terms that make up the difference, the largest share first.
+        suspects: settings that differ, the most suspect first.
     """
 
     baseline: RunAssessment
@@ -105,6 +109,8 @@ class RunComparison:
     modules: tuple[ModulePair, ...]
     settings: tuple[SettingGroup, ...]
     limits: tuple[str, ...]
+    attribution: tuple[Attribution, ...] = ()
+    suspects: tuple[Suspect, ...] = ()
 
 
 def assess_run(run: Run, thresholds: Thresholds = DEFAULT_THRESHOLDS) -> RunAssessment:
