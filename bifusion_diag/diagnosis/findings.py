@@ -107,11 +107,19 @@ class Context:
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule: its id, its title where it can't be measured, and the function that looks."""
+    """A rule.
+
+    Attributes:
+        id: stable.
+        title: where it can't be measured.
+        look: the function that looks.
+        needs: probes without which it has nothing to look at; empty: what every record of a loop holds.
+    """
 
     id: str
     title: str
     look: Callable[[Context], list[Finding] | NotMeasured]
+    needs: tuple[str, ...] = ()
 
 
 def apply_rules(context: Context, rules: tuple[Rule, ...]) -> tuple[tuple[Finding, ...], tuple[Unmeasured, ...]]:

@@ -21,26 +21,26 @@ from bifusion_diag.diagnosis.rules.terms import dominant_term
 RULES: tuple[Rule, ...] = (
     Rule("incident", "Bad steps taken apart", incident_findings),
     # bad steps
-    Rule("nonfinite-loss", "Non-finite loss", nonfinite_loss),
-    Rule("nonfinite-gradient", "Non-finite gradient", nonfinite_gradient),
-    Rule("gradient-spike", "Spikes of the gradient norm", gradient_spike),
+    Rule("nonfinite-loss", "Non-finite loss", nonfinite_loss, ("losses",)),
+    Rule("nonfinite-gradient", "Non-finite gradient", nonfinite_gradient, ("grads",)),
+    Rule("gradient-spike", "Spikes of the gradient norm", gradient_spike, ("grads",)),
     # inside the model
-    Rule("nonfinite-output", "Non-finite output of a module", nonfinite_output),
-    Rule("attention-masked-rows", "Attention rows without a key", attention_masked_rows),
-    Rule("empty-match", "Scenes without a matched query", empty_matches),
+    Rule("nonfinite-output", "Non-finite output of a module", nonfinite_output, ("activations",)),
+    Rule("attention-masked-rows", "Attention rows without a key", attention_masked_rows, ("attention",)),
+    Rule("empty-match", "Scenes without a matched query", empty_matches, ("matching",)),
     # data
-    Rule("labels-out-of-range", "Labels out of range", labels_out_of_range),
-    Rule("data-nonfinite", "Non-finite data", data_nonfinite),
-    Rule("projection-nonfinite", "Non-finite projection", projection_nonfinite),
-    Rule("low-valid-share", "Low valid share", low_valid_share),
+    Rule("labels-out-of-range", "Labels out of range", labels_out_of_range, ("data",)),
+    Rule("data-nonfinite", "Non-finite data", data_nonfinite, ("data",)),
+    Rule("projection-nonfinite", "Non-finite projection", projection_nonfinite, ("projection",)),
+    Rule("low-valid-share", "Low valid share", low_valid_share, ("projection",)),
     # optimiser
     Rule("clipping-always-on", "Clipping always on", clipping_always_on),
     # the fusion
-    Rule("alpha-out-of-band", "Mean α outside its band", alpha_out_of_band),
-    Rule("alpha-stuck", "α stuck after the warm-up", alpha_stuck),
-    Rule("gate-saturated", "Gate saturated", gate_saturated),
-    Rule("clip-out-of-range", "CLIP features out of range", clip_out_of_range),
-    Rule("scale-mismatch", "2D and 3D features differ in scale", scale_mismatch),
+    Rule("alpha-out-of-band", "Mean α outside its band", alpha_out_of_band, ("gate",)),
+    Rule("alpha-stuck", "α stuck after the warm-up", alpha_stuck, ("gate",)),
+    Rule("gate-saturated", "Gate saturated", gate_saturated, ("gate",)),
+    Rule("clip-out-of-range", "CLIP features out of range", clip_out_of_range, ("clip",)),
+    Rule("scale-mismatch", "2D and 3D features differ in scale", scale_mismatch, ("clip",)),
     # loss terms
-    Rule("dominant-term", "One term dominates the loss", dominant_term),
+    Rule("dominant-term", "One term dominates the loss", dominant_term, ("losses",)),
 )
