@@ -44,6 +44,7 @@ class UpdatesProbe(Probe):
         "<module>/second_moment_min": f"smallest exp_avg_sq of Adam and its kin {SAMPLE}; missing for other optimisers",
         "<module>/second_moment_max": f"largest exp_avg_sq of Adam and its kin {SAMPLE}; missing for other optimisers",
         "skipped": "1 where no optimiser has stepped in the step block, as after an overflow under GradScaler; else 0",
+        "scale": "the GradScaler's scale, with which the step's loss was multiplied; not recorded without one",
     }
 
     def __init__(
@@ -54,6 +55,7 @@ class UpdatesProbe(Probe):
 
     def attach(self, subject: Subject) -> None:
         self._optimizers = subject.optimizers
+        self._inverse_scale = subject.inverse_scale
         names, parameters, slots = owners_of(subject.model, self.modules)
         updated = {id(p) for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]}
         ours = [(p, slot) for p, slot in zip(parameters, slots, strict=True) if p.requires_grad or id(p) in updated]
@@ -77,6 +79,10 @@ class UpdatesProbe(Probe):
         self._updated: list[_Part] = []
         self._rate: float | Tensor | None = None
         self._skips: list[Tensor | None] = []  # of each step: more than zero where a fused optimiser left it out
+        self._inverse: Tensor | None = None  # of the scale that the loss was multiplied with
+
+    def backward_ended(self) -> None:
+        self._inverse = self._inverse_scale()
 
     def before_update(self, optimizer: Optimizer) -> None:
         if self._rate is None:
@@ -112,6 +118,8 @@ class UpdatesProbe(Probe):
         if not self._optimizers:
             return
         yield Reading((f"{self.name}/skipped",), self._skipped())
+        if self._inverse is not None:
+            yield Reading((f"{self.name}/scale",), to_float32(self._inverse.reciprocal().reshape(1)))
         parts = [part for part in self._updated if part.done and part.parameters]
         yield self._ratio(parts)
         yield from self._second_moments(parts)

@@ -8,10 +8,11 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from bifusion_diag.probes.base import Probe, Reading, Schedule, Subject
+from bifusion_diag.probes.base import Probe, Reading, Schedule, Subject, matches
+from bifusion_diag.probes.modules import plain_name
 from bifusion_diag.probes.norms import Number, as_tensor, count_nonfinite, norms_of, to_float32
 from bifusion_diag.probes.owners import Slots, owners_of
 from bifusion_diag.probes.ranks import Shards
@@ -40,6 +41,8 @@ class WeightsProbe(Probe):
         "<module>/norm": f"L2 norm of its own parameters; at every {TURNS}th step",
         "<module>/nonfinite": f"NaN and infinite elements of its own parameters; at every {TURNS}th step; "
         "on an accelerator, where counting would cost a pass, missing unless there are none",
+        "<module>/running_nonfinite": "how many of its running statistics (running_mean and running_var of BatchNorm) "
+        f"hold NaN or infinity; at every {TURNS}th step",
     }
 
     def __init__(
@@ -67,6 +70,9 @@ class WeightsProbe(Probe):
         names = self._owners.names
         self._norm_names = tuple(f"{self.name}/{name}/norm" for name in names)
         self._nonfinite_names = tuple(f"{self.name}/{name}/nonfinite" for name in names)
+        self._running = _running_statistics(subject.model, self.modules)
+        self._running_norms: dict[int, list[Number]] = {}  # of the modules whose turn it is
+        self._running_names = tuple(f"{self.name}/{name}/running_nonfinite" for name, _ in self._running)
 
     def begin(self) -> None:
         changed: list[int] = []
@@ -85,11 +91,18 @@ class WeightsProbe(Probe):
                 self._nonfinite[i] = math.nan
             elif not math.isfinite(norm):
                 self._nonfinite[i] = count_nonfinite(x).item()
+        self._running_norms = {
+            slot: norms_of([x.detach() for key in keys if not is_lazy(x := module._buffers[key])])
+            for slot, (module, keys) in enumerate(found for _, found in self._running)
+            if self._in_turn(slot)
+        }
 
     def _in_turn(self, slot: int) -> bool:
         return self.turn == 0 or (self.turn + slot) % self.turns == 0
 
     def collect(self) -> Iterator[Reading]:
+        if self._running:
+            yield self._running_reading()
         names, _, slots = self._owners
         if not names:
             return
@@ -104,3 +117,29 @@ class WeightsProbe(Probe):
         nonfinite = to_float32(self._summing.sum(counts, slots, len(names)))
         nonfinite[self._summing.constant(missing.nonzero()[0].tolist(), nonfinite.device)] = torch.nan
         yield Reading(self._nonfinite_names, nonfinite, nan_is_missing=True)
+
+    def _running_reading(self) -> Reading:
+        """How many running statistics of each module are not finite."""
+        slots = [slot for slot, norms in self._running_norms.items() for _ in norms]
+        missing = np.array([slot not in slots for slot in range(len(self._running))])
+        values = torch.zeros(len(self._running))
+        if slots:
+            bad = ~as_tensor([norm for norms in self._running_norms.values() for norm in norms]).isfinite()
+            values = to_float32(self._summing.sum(bad.double(), slots, len(self._running)))
+        return Reading(self._running_names, values, missing)
+
+
+def _running_statistics(
+    model: nn.Module, patterns: Sequence[str]
+) -> list[tuple[str, tuple[nn.Module, tuple[str, ...]]]]:
+    """Modules that keep running statistics, with the names of these buffers."""
+    found = []
+    for path, module in model.named_modules():
+        keys = tuple(
+            key
+            for key, x in module._buffers.items()
+            if key.startswith("running_") and x is not None and (is_lazy(x) or x.is_floating_point())
+        )
+        if keys and matches(plain_name(path), patterns):
+            found.append((plain_name(path), (module, keys)))
+    return found

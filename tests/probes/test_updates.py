@@ -215,6 +215,7 @@ def test_a_step_that_grad_scaler_leaves_out(fused: bool) -> None:
             monitor.end_step()
             rows.append(monitor.latest())
     assert [row["updates/skipped"] for row in rows] == [0, 1, 0]
+    assert [row["updates/scale"] for row in rows] == [4, 4, 2]
     assert rows[1]["updates/(root)/ratio"] == (0.0 if fused else None)  # a fused one is called, and moves nothing
     assert all(rows[i]["updates/(root)/ratio"] > 0 for i in (0, 2))  # type: ignore[operator]
 

@@ -22,6 +22,10 @@ def truth(model: nn.Module) -> dict[str, float]:
             elements = torch.cat([p.detach().double().flatten() for p in own]).tolist()
             found[f"weights/{name or '(root)'}/norm"] = math.sqrt(sum(v * v for v in elements))
             found[f"weights/{name or '(root)'}/nonfinite"] = sum(not math.isfinite(v) for v in elements)
+        running = [x for key, x in module.named_buffers(recurse=False) if key.startswith("running_")]
+        if running:
+            bad = sum(any(not math.isfinite(v) for v in x.flatten().tolist()) for x in running)
+            found[f"weights/{name or '(root)'}/running_nonfinite"] = bad
     return found
 
 
@@ -118,3 +122,19 @@ def test_modules_take_turns() -> None:
 def test_only_the_modules_asked_for() -> None:
     with Monitor(Zoo(), probes=[WeightsProbe(modules=["twice"], name="some")]) as monitor:
         assert set(row_of(monitor)) == {"some/twice/norm", "some/twice/nonfinite"}
+
+
+def test_running_statistics_that_are_not_finite_are_counted_by_module() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3, affine=False), nn.LazyBatchNorm1d(), nn.BatchNorm1d(3))
+    model[0].running_mean[1] = math.nan
+    model[0].running_var[0] = math.inf
+    with Monitor(model, probes=[WeightsProbe(turns=1)]) as monitor:
+        rows = []
+        for _ in range(2):
+            with monitor.step():
+                model(torch.randn(4, 3))
+            monitor.end_step()
+            rows.append(monitor.latest())
+    assert [row["weights/0/running_nonfinite"] for row in rows] == [2, 2]  # NaN and infinity stay
+    assert [row["weights/1/running_nonfinite"] for row in rows] == [None, 0]  # has no shape before its first forward
+    assert [row["weights/2/running_nonfinite"] for row in rows] == [0, 0]
