@@ -75,6 +75,11 @@ class ProjectionSettings(Strict):
         "before_sampling",
         description="L2-normalise the feature map, or the sampled features (points out of view are zero vectors)",
     )
+    coordinates: Literal["captured", "augmented"] = Field(
+        "captured",
+        description="'captured' = as the camera saw them; 'augmented' = a mistake to be found: the points as "
+        "flips, rotation and scale have moved them, for which images and poses no longer hold",
+    )
 
 
 class GateSettings(Strict):
@@ -286,6 +291,11 @@ class ClipAlignSettings(Strict):
     target: Literal["point", "global"] = "point"
     temperature: PositiveNumber = 0.07
     gradient_flow: Share = Field(0.05, description="share of the gradient let through to the 2D side; 0 cuts the graph")
+    gradient_formula: Literal["as_declared", "as_written"] = Field(
+        "as_declared",
+        description="'as_declared' = f·r + f.detach()·(1 − r), which lets r pass; 'as_written' = 003's code for 5 %, "
+        "0.95·f + 0.05·f.detach(): a mistake to be found, 1 − r gets through",
+    )
     clamp: PositiveNumber | None = Field(
         None, description="features of both sides are clamped to ± this before the cosine (002: 10); null = off"
     )

@@ -78,6 +78,7 @@ class BiFusionEncoder(nn.Module):
     def _add_image_branch(self, settings: ModelSettings) -> None:
         clip, width = settings.clip, settings.common_width
         self.normalize_map = settings.projection.normalize == "before_sampling"
+        self.projects_augmented = settings.projection.coordinates == "augmented"  # a mistake, on purpose
         self.clip = ClipVisual(clip)
         self.spatial_head = ProjectionHead(
             clip.width, clip.head_hidden, width, dropout=clip.head_dropout, batchnorm=clip.head_batchnorm
@@ -121,9 +122,8 @@ class BiFusionEncoder(nn.Module):
         """The 2D branch."""
         clip: ClipTokens = self.clip(batch.images)
         global2d = self.global_head(clip.pooled).unflatten(0, batch.images.shape[:2]).mean(1)
-        projection: Projection = self.projection(
-            batch.xyz, batch.point_counts, batch.depth, batch.intrinsics, batch.pose
-        )
+        xyz = batch.coords if self.projects_augmented else batch.xyz
+        projection: Projection = self.projection(xyz, batch.point_counts, batch.depth, batch.intrinsics, batch.pose)
         f2d = self._point_features(clip.tokens, projection, batch)
         return _ImageFeatures(f2d=f2d, global2d=self.normalize_global(global2d), projection=projection)
 

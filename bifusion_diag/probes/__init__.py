@@ -7,6 +7,7 @@ from bifusion_diag.probes.catalogue import PROBES, make_probes
 from bifusion_diag.probes.clip import ClipProbe
 from bifusion_diag.probes.data import DataProbe
 from bifusion_diag.probes.fields import FieldProbe, Key
+from bifusion_diag.probes.flow import FlowProbe
 from bifusion_diag.probes.gate import GateProbe
 from bifusion_diag.probes.grads import GradsProbe
 from bifusion_diag.probes.loss_gradients import LossGradientsProbe
@@ -29,6 +30,7 @@ __all__ = [
     "ClipProbe",
     "DataProbe",
     "FieldProbe",
+    "FlowProbe",
     "GateProbe",
     "GradsProbe",
     "Key",

@@ -10,6 +10,7 @@ from bifusion_diag.probes.attention import AttentionProbe
 from bifusion_diag.probes.base import Probe
 from bifusion_diag.probes.clip import ClipProbe
 from bifusion_diag.probes.data import DataProbe
+from bifusion_diag.probes.flow import FlowProbe
 from bifusion_diag.probes.gate import GateProbe
 from bifusion_diag.probes.grads import GradsProbe
 from bifusion_diag.probes.loss_gradients import LossGradientsProbe
@@ -29,6 +30,7 @@ PROBES: dict[str, type[Probe]] = {
     "losses": LossesProbe,
     "loss_gradients": LossGradientsProbe,
     "clip": ClipProbe,
+    "flow": FlowProbe,
     "projection": ProjectionProbe,
     "gate": GateProbe,
     "normalize": NormalizeProbe,

@@ -25,12 +25,16 @@ RANGES = {
     "nonfinite": Key("sum", "number of NaN and infinite elements"),
 }
 WHERE = ("tokens", "head", "points")
+PAIRED_ROWS = 1024
+_PAIRS = f"of {PAIRED_ROWS} evenly spaced points of the batch, those that are valid"
 
 
 class ClipProbe(FieldProbe):
     """Reads the field ``tokens`` of the CLIP tower's output (tokens), the output of the projection head (head), and
-    ``f2d``, ``f3d``, ``valid`` of the encoder's output (points, ratio_2d_3d; only points that are valid, but
-    `nonfinite` counts all). A 4-D tensor has its channels in dimension 1, any other in its last.
+    ``f2d``, ``f3d``, ``valid`` of the encoder's output (points, ratio_2d_3d, alike, aligned; only points that are
+    valid, but `nonfinite` counts all). A 4-D tensor has its channels in dimension 1, any other in its last.
+
+    Features that are all alike have collapsed: an alignment loss without negatives has its minimum there.
 
     Args:
         head: name patterns of the projection head.
@@ -39,7 +43,10 @@ class ClipProbe(FieldProbe):
 
     prefix = "clip"
     TABLE: ClassVar[dict[str, Key]] = {f"{where}/{key}": entry for where in WHERE for key, entry in RANGES.items()} | {
-        "ratio_2d_3d": Key("mean", "mean norm of f2d ÷ mean norm of f3d, over valid points")
+        "ratio_2d_3d": Key("mean", "mean norm of f2d ÷ mean norm of f3d, over valid points"),
+        "alike_2d": Key("mean", f"mean cosine between f2d of two points: 1 where all are alike; {_PAIRS}"),
+        "alike_3d": Key("mean", f"mean cosine between f3d of two points; {_PAIRS}"),
+        "aligned": Key("mean", f"mean cosine between f2d and f3d of a point; {_PAIRS}"),
     }
 
     FIELDS = ("tokens", "f2d", "f3d", "valid")
@@ -73,6 +80,7 @@ class ClipProbe(FieldProbe):
             f2d, f3d, valid = (field.detach() for field in fields)
             norm2d = self._ranges("points", f2d, valid)
             self.record(("ratio_2d_3d",), [norm2d / _norm_mean(f3d.float(), valid)])
+            self.record(("alike_2d", "alike_3d", "aligned"), likeness(f2d, f3d, valid))
 
     def _ranges(self, where: str, features: Tensor, rows: Tensor | None = None) -> Tensor:
         """Record the ranges of a tensor; returns the mean norm."""
@@ -102,6 +110,30 @@ def feature_ranges(x: Tensor, rows: Tensor | None) -> list[Tensor]:
     values = [low, high, torch.maximum(-low, high), _quantile(clean.abs(), keep), (clean.abs() > 10).sum() / keep.sum()]
     there = low <= high  # else no element counts
     return [*[torch.where(there, value.double(), nothing) for value in [*values, _norm_mean(x, rows)]], nonfinite]
+
+
+def likeness(f2d: Tensor, f3d: Tensor, valid: Tensor) -> list[Tensor]:
+    """Mean cosine between two different points' f2d, between their f3d, and between f2d and f3d of one point.
+
+    Args:
+        f2d: (N, C) features of one side.
+        f3d: (N, C) of the other.
+        valid: (N,) bool, the points that count, if their features are finite and not zero.
+
+    Returns:
+        () tensors; NaN where too few points count.
+    """
+    stride = max(-(-len(valid) // PAIRED_ROWS), 1)
+    sides = [side[::stride].double() for side in (f2d, f3d)]
+    norms = [torch.linalg.vector_norm(side, dim=1) for side in sides]
+    counted = valid[::stride].clone()
+    for norm in norms:
+        counted &= norm.isfinite() & (norm > 0)
+    units = [torch.where(counted[:, None], side / norm[:, None], 0.0) for side, norm in zip(sides, norms, strict=True)]
+    count = counted.sum()
+    # the sum over all pairs of the dot products is the square of the sum, without the points' own
+    alike = [(unit.sum(0).square().sum() - count) / (count * (count - 1)) for unit in units]
+    return [*alike, (units[0] * units[1]).sum() / count]
 
 
 def _extremes(x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,6 +25,7 @@ class MatchingProbe(FieldProbe):
     Args:
         objects: where a matcher's arguments hold the objects: the position or name of an argument, and then of a field
             of it or of each of its entries. "1.labels" fits DETR's kind; where it is not there, objects are not known.
+        queries: where the arguments hold all queries, an entry a scene, likewise; the first that is there counts.
         modules: name patterns of the modules that may be watched; with "*", matchers and outputs with the fields.
         fields, name, every: as for every FieldProbe.
     """
@@ -36,6 +37,7 @@ class MatchingProbe(FieldProbe):
         "empty": Key("sum", "scenes without a match, of those that have objects (of all where objects are not known)"),
         "objects": Key("sum", "objects of all scenes; not recorded where they are not known"),
         "unmatched": Key("sum", "objects that no query is matched with; not recorded where they are not known"),
+        "queries": Key("sum", "queries of all scenes, matched or not; not recorded where they are not known"),
     }
     FIELDS = ("matches", "objects")
 
@@ -43,6 +45,7 @@ class MatchingProbe(FieldProbe):
         self,
         *,
         objects: str = "1.labels",
+        queries: Sequence[str] = ("0.query_superpoints", "0.pred_logits"),
         modules: Sequence[str] = ("*",),
         fields: Mapping[str, str | int] | None = None,
         name: str | None = None,
@@ -50,6 +53,7 @@ class MatchingProbe(FieldProbe):
     ) -> None:
         super().__init__(modules=modules, fields=fields, name=name, every=every)
         self.objects = objects
+        self.queries = tuple(queries)
 
     def watches(self, name: str, module: nn.Module) -> bool:
         if self.places:
@@ -63,12 +67,25 @@ class MatchingProbe(FieldProbe):
         if self.has(call.output, ("matches",)):
             if (fields := self.fields_of(call, ("matches",))) is not None:
                 self._count(fields[0], get_field(call.output, self.places.get("objects", "objects")))
+                self._count_queries(call)
         elif not self.places and (_is_matcher(call.module) or self.modules != ("*",)):
-            self._count(call.output, self._argument(call))
+            self._count(call.output, self._argument(call, self.objects))
+            self._count_queries(call)
 
-    def _argument(self, call: Call) -> Any:
-        """The objects in what a matcher was called with."""
-        first, _, rest = self.objects.partition(".")
+    def _count_queries(self, call: Call) -> None:
+        """All queries: of entries (Q_i, ...) a scene, or of one tensor (B, Q, ...)."""
+        for place in self.queries:
+            found = self._argument(call, place)
+            if isinstance(found, list) and len(found) == 1 and isinstance(found[0], (list, tuple)):
+                found = found[0]  # the entries of all scenes
+            if isinstance(found, (list, tuple)) and found and all(isinstance(e, Tensor) and e.dim() for e in found):
+                count = sum(len(entry) * entry.shape[1] if entry.dim() > 2 else len(entry) for entry in found)
+                self.record(("queries",), [torch.full((), float(count), device=found[0].device)])
+                return
+
+    def _argument(self, call: Call, place: str) -> Any:
+        """A part of what the module was called with."""
+        first, _, rest = place.partition(".")
         given = get_field(call.inputs, int(first)) if first.isdigit() else call.keywords.get(first)
         if given is None and first.isdigit():  # called with keywords
             position = int(first) - len(call.inputs)
@@ -100,7 +117,7 @@ class MatchingProbe(FieldProbe):
             self.record(tuple(keys[:4]), values)
             return
         found = torch.stack([_number(partner, device) for partner in partners])
-        self.record(tuple(keys), [*values, (there - found).sum()])
+        self.record(tuple(keys[:5]), [*values, (there - found).sum()])
 
 
 def _is_matcher(module: nn.Module) -> bool:

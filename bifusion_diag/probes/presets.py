@@ -13,6 +13,7 @@ from bifusion_diag.probes.base import Probe
 from bifusion_diag.probes.catalogue import make_probes
 from bifusion_diag.probes.clip import ClipProbe
 from bifusion_diag.probes.data import DataProbe
+from bifusion_diag.probes.flow import FlowProbe
 from bifusion_diag.probes.gate import GateProbe
 from bifusion_diag.probes.losses import LossesProbe
 from bifusion_diag.probes.matching import MatchingProbe
@@ -24,6 +25,7 @@ def _bifusion() -> list[Probe]:
     """All models of this package: without the attention of the CLIP tower, which never changes."""
     return [
         ClipProbe(head=("encoder.spatial_head",)),
+        FlowProbe(modules=("criterion",)),
         ProjectionProbe(modules=("encoder.projection",)),
         GateProbe(modules=("encoder.gate",)),
         AttentionProbe(modules=("decoder.*",)),

@@ -48,7 +48,8 @@ def clip_align_loss(
         assert encoder.valid is not None
         rows = encoder.valid.nonzero()[:, 0]
         side_2d, side_3d = encoder.f2d.index_select(0, rows), encoder.f3d.index_select(0, rows)
-    side_2d = limit_gradient(side_2d, settings.gradient_flow)
+    written = settings.gradient_formula == "as_written"
+    side_2d = limit_gradient(side_2d, 1 - settings.gradient_flow if written else settings.gradient_flow)
     if settings.clamp is not None:
         side_2d, side_3d = (side.clamp(-settings.clamp, settings.clamp) for side in (side_2d, side_3d))
     if len(side_2d) == 0:
@@ -65,8 +66,8 @@ def alignment(cosine: Tensor, temperature: float) -> Tensor:
 def limit_gradient(features: Tensor, share: float) -> Tensor:
     """The same values, with only ``share`` of the gradient: f·r + f.detach()·(1 − r).
 
-    Document 003 writes ``0.95*f + 0.05*f.detach()`` for "5 %"; that lets 95 % through. A share of 0 cuts the graph: a
-    gradient times 0 would still be a gradient, and NaN where it was NaN.
+    Document 003 writes ``0.95*f + 0.05*f.detach()`` for "5 %" (``gradient_formula: as_written``); that lets 95 %
+    through. A share of 0 cuts the graph: a gradient times 0 would still be a gradient, and NaN where it was NaN.
     """
     if share in (0.0, 1.0):
         return features if share else features.detach()
