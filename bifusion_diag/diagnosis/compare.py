@@ -10,21 +10,24 @@ from functools import reduce
 import numpy as np
 from numpy.typing import NDArray
 
-from bifusion_diag.diagnosis.attribution import Attribution
+from bifusion_diag.diagnosis.alignment import Alignment, steps_text
+from bifusion_diag.diagnosis.alignment import align as align_runs
+from bifusion_diag.diagnosis.attribution import Attribution, attribute, profile_of
 from bifusion_diag.diagnosis.criteria import Criterion, judge
 from bifusion_diag.diagnosis.definitions import definition_of, member_of
 from bifusion_diag.diagnosis.findings import Context, Finding, Unmeasured, apply_rules
 from bifusion_diag.diagnosis.incidents import incidents_of
-from bifusion_diag.diagnosis.measures import Measures
+from bifusion_diag.diagnosis.measures import Measures, smoothing_of
 from bifusion_diag.diagnosis.modules import ModuleGradient, ModulePair, module_gradients, pair_modules
 from bifusion_diag.diagnosis.names import is_exact
 from bifusion_diag.diagnosis.parting import Parting, find_partings, first_loss_difference
+from bifusion_diag.diagnosis.phrase import join, say
 from bifusion_diag.diagnosis.quantity import NotMeasured, Quantity, Reading, number
 from bifusion_diag.diagnosis.restrict import cut_run, measure_on
 from bifusion_diag.diagnosis.rules import RULES
 from bifusion_diag.diagnosis.rules.incidents import without_repeats
 from bifusion_diag.diagnosis.settings_diff import SettingGroup, diff_settings
-from bifusion_diag.diagnosis.suspicion import Suspect
+from bifusion_diag.diagnosis.suspicion import Suspect, rank_suspects
 from bifusion_diag.diagnosis.thresholds import DEFAULT_THRESHOLDS, Thresholds
 from bifusion_diag.diagnosis.validation import common_evaluation, same_validation, validation_limits
 from bifusion_diag.diagnosis.verdict import Verdict, ending_of, judge_pair, judge_run, with_ending
@@ -123,52 +126,81 @@ def assess_run(run: Run, thresholds: Thresholds = DEFAULT_THRESHOLDS) -> RunAsse
         raise UserError(
             f"run {run.header.name!r} recorded no step: there is nothing to report. Its status: {run.status}."
         )
-    assessment = _assess(run, display_name(run), run.steps, None, thresholds)
+    assessment = assess_part(run, display_name(run), run.steps, None, thresholds)
     reduced = () if is_exact(run) else ("The record is reduced: curves by module show buckets of several steps.",)
     return replace(assessment, limits=(*reduced, *validation_limits([("this run", run)])))
 
 
-def compare_runs(baseline: Run, candidate: Run, thresholds: Thresholds = DEFAULT_THRESHOLDS) -> RunComparison:
-    """Compare two runs over the steps that both recorded.
+def compare_runs(
+    baseline: Run, candidate: Run, thresholds: Thresholds = DEFAULT_THRESHOLDS, align: str = "step"
+) -> RunComparison:
+    """Compare two runs over the steps that both recorded, or over what covers the same epochs or samples.
 
     Raises:
-        UserError: they have no step in common.
+        UserError: they have nothing in common, or a run doesn't tell its epochs or samples.
     """
-    common = np.intersect1d(baseline.steps, candidate.steps)
-    if not common.size:
-        raise UserError(
-            f"the runs have no step in common: {baseline.header.name!r} recorded {_range(baseline)}, "
-            f"{candidate.header.name!r} {_range(candidate)}. Compare runs that cover the same steps."
-        )
-    names = _distinct_names(baseline, candidate)
-    left = _assess(baseline, names[0], common, None, thresholds)
-    right = _assess(candidate, names[1], common, baseline, thresholds)
+    alignment = align_runs((baseline, candidate), align)
+    names = distinct_names((baseline, candidate), ("baseline", "candidate"))
+    left = assess_part(baseline, names[0], alignment.steps[0], None, thresholds)
+    right = assess_part(candidate, names[1], alignment.steps[1], baseline, thresholds, alignment.scales)
+    return compare_parts((baseline, left), (candidate, right), alignment, thresholds)
+
+
+def compare_parts(
+    baseline: tuple[Run, RunAssessment],
+    candidate: tuple[Run, RunAssessment],
+    alignment: Alignment,
+    thresholds: Thresholds = DEFAULT_THRESHOLDS,
+) -> RunComparison:
+    """Compare two runs that have been assessed over the steps of their alignment."""
+    (reference, left), (run, right) = baseline, candidate
+    parts = cut_run(reference, alignment.steps[0]), cut_run(run, alignment.steps[1])
+    incidents = incidents_of(parts[1])
+    verdict = judge_pair(
+        (left.name, right.name),
+        (left.measures, right.measures),
+        alignment.steps[1],
+        right.findings,
+        thresholds,
+        incidents,
+        alignment.steps[0].size,
+    )
+    settings = diff_settings(reference, run)
     return RunComparison(
         baseline=left,
         candidate=right,
-        verdict=with_ending(
-            judge_pair(
-                names,
-                (left.measures, right.measures),
-                common,
-                right.findings,
-                thresholds,
-                incidents_of(cut_run(candidate, common)),
-            ),
-            candidate,
-        ),
-        measures=_validation_pairs(_pair_measures(left.measures, right.measures), baseline, candidate, common),
-        partings=find_partings((baseline, left.measures), (candidate, right.measures), common),
-        first_loss_difference=first_loss_difference(baseline, candidate, common),
+        verdict=with_ending(verdict, run),
+        measures=_validation_pairs(_pair_measures(left.measures, right.measures), parts, alignment.scales),
+        partings=find_partings((reference, left.measures), (run, right.measures), alignment),
+        first_loss_difference=first_loss_difference(reference, run, alignment),
         modules=pair_modules(left.modules, right.modules),
-        settings=diff_settings(baseline, candidate),
-        limits=_limits(baseline, candidate, common),
+        settings=settings,
+        limits=(*alignment_limits((reference, run), ("baseline", "candidate"), alignment), *_limits(reference, run)),
+        attribution=attribute(
+            [profile_of(reference, parts[0], left.measures)], [profile_of(run, parts[1], right.measures)]
+        ),
+        suspects=rank_suspects(settings, right.findings, right.measures.origins, incidents),
     )
 
 
-def _assess(
-    run: Run, name: str, steps: NDArray[np.int64], baseline: Run | None, thresholds: Thresholds
+def assess_part(
+    run: Run,
+    name: str,
+    steps: NDArray[np.int64],
+    baseline: Run | None,
+    thresholds: Thresholds,
+    scales: tuple[float, ...] = (1.0, 1.0),
 ) -> RunAssessment:
+    """Assess a run over some of its steps (K,), ascending.
+
+    Args:
+        run: assessed.
+        name: to call it by.
+        steps: of it.
+        baseline: what it is compared with.
+        thresholds: bounds.
+        scales: how far a step of the baseline and one of the run go, on the axis on which they are compared.
+    """
     measures = measure_on(run, steps)
     part = cut_run(run, steps)
     context = Context(part, measures, thresholds, baseline)
@@ -182,7 +214,7 @@ def _assess(
         steps=int(steps.size),
         step_range=(int(steps[0]), int(steps[-1])),
         measures=measures,
-        criteria=judge(part, measures, baseline),
+        criteria=judge(part, measures, baseline, (scales[0], scales[1])),
         findings=findings,
         unmeasured=unmeasured,
         modules=module_gradients(part if part.names("grads/") else run),
@@ -201,13 +233,12 @@ def display_name(run: Run) -> str:
     return name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH // 2]}…{name[-NAME_LENGTH // 2 + 1 :]}"
 
 
-def _distinct_names(baseline: Run, candidate: Run) -> tuple[str, str]:
-    left, right = display_name(baseline), display_name(candidate)
-    return (left, right) if left != right else (f"{left} (baseline)", f"{right} (candidate)")
-
-
-def _range(run: Run) -> str:
-    return f"steps {run.steps[0]}–{run.steps[-1]}" if len(run.steps) else "none"
+def distinct_names(runs: Sequence[Run], words: Sequence[str]) -> tuple[str, ...]:
+    """The names of runs; where some are alike, each with its word behind it."""
+    names = [display_name(run) for run in runs]
+    return tuple(
+        name if names.count(name) == 1 else f"{name} ({word})" for name, word in zip(names, words, strict=True)
+    )
 
 
 def _pair_measures(baseline: Measures, candidate: Measures) -> tuple[MeasurePair, ...]:
@@ -226,11 +257,17 @@ def _pair_measures(baseline: Measures, candidate: Measures) -> tuple[MeasurePair
 
 
 def _validation_pairs(
-    pairs: Sequence[MeasurePair], baseline: Run, candidate: Run, common: NDArray[np.int64]
+    pairs: Sequence[MeasurePair], parts: tuple[Run, Run], scales: tuple[float, ...]
 ) -> tuple[MeasurePair, ...]:
-    """Metrics of two runs are set against each other at one step, and not at all where they are of different scenes."""
-    comparable = same_validation(baseline, candidate)
-    left, right = cut_run(baseline, common), cut_run(candidate, common)
+    """Metrics of two runs are set against each other at one moment, and not at all where they are of different scenes.
+
+    Args:
+        pairs: of measures.
+        parts: both runs, cut to the steps that are compared.
+        scales: how far a step of each goes.
+    """
+    left, right = parts
+    comparable = same_validation(left, right)
     exact = is_exact(left, "eval/") and is_exact(right, "eval/")
 
     def at_one_step(pair: MeasurePair) -> MeasurePair:
@@ -238,7 +275,7 @@ def _validation_pairs(
             return pair
         if not comparable:
             return replace(pair, ratio=None)
-        found = common_evaluation(left, right, pair.key) if exact else None
+        found = common_evaluation(left, right, pair.key, (scales[0], scales[1])) if exact else None
         if found is None:
             return pair
         one, other = Quantity(found.one), Quantity(found.other)
@@ -271,17 +308,72 @@ def _merge(left: list[str], right: list[str]) -> list[str]:
     return reduce(insert, enumerate(right), list(left))
 
 
-def _limits(baseline: Run, candidate: Run, common: NDArray[np.int64]) -> tuple[str, ...]:
-    limits = []
-    for word, run in (("baseline", baseline), ("candidate", candidate)):
-        if len(run.steps) != common.size:
-            limits.append(
-                f"The {word} recorded {len(run.steps)} steps ({_range(run)}); the numbers cover the {common.size} "
-                "steps that both runs have."
+def alignment_limits(runs: Sequence[Run], words: Sequence[str], alignment: Alignment) -> tuple[str, ...]:
+    """What an alignment leaves out of runs, each called by its word.
+
+    Words are "baseline" and "candidate", or names.
+    """
+    limits: list[str] = []
+    if not alignment.same_steps:
+        paces = join(
+            [
+                say("{word} {pace} a step", word=word, pace=f"{scale:.6g}")
+                for word, scale in zip(words, alignment.scales, strict=True)
+            ],
+            ", ",
+        )
+        unit = "samples seen" if alignment.axis == "samples" else "epochs"
+        limits.append(
+            say(
+                "Aligned by {unit}, up to {until}; a step is {paces}. Where runs part, the step is the candidate's.",
+                unit=unit,
+                until=f"{alignment.until:.6g}",
+                paces=paces,
             )
+        )
+    for word, run, steps in zip(words, runs, alignment.steps, strict=True):
+        if len(run.steps) == steps.size:
+            continue
+        values = {"word": word, "recorded": len(run.steps), "range": steps_text(run), "kept": steps.size}
+        if alignment.same_steps:
+            template = (
+                "The {word} recorded {recorded} steps ({range}); the numbers cover the {kept} steps that both runs "
+                "have."
+                if len(runs) == 2
+                else "The {word} recorded {recorded} steps ({range}); the numbers cover the {kept} steps that all runs "
+                "have."
+            )
+            limits.append(say(template, **values))
+        else:
+            limits.append(
+                say(
+                    "The {word} recorded {recorded} steps ({range}); the numbers cover its {kept} steps of the common "
+                    "stretch.",
+                    **values,
+                )
+            )
+    return tuple(limits)
+
+
+def _limits(baseline: Run, candidate: Run) -> tuple[str, ...]:
+    limits: list[str] = []
+    for word, run in (("baseline", baseline), ("candidate", candidate)):
         if not is_exact(run):
             limits.append(
-                f"The {word}'s record is reduced: curves by module show buckets of several steps with their extremes."
+                say(
+                    "The {word}'s record is reduced: curves by module show buckets of several steps with their "
+                    "extremes.",
+                    word=word,
+                )
+            )
+        if (window := smoothing_of(run)) > 1:
+            limits.append(
+                say(
+                    "The {word}'s values are smoothed over {window}: one bad step shows as {window}, so its spikes and "
+                    "counts of bad steps are not measured, and not tested against exact ones.",
+                    word=word,
+                    window=window,
+                )
             )
         if word == "baseline" and (ending := ending_of(run, "The baseline")):
             limits.append(ending)
@@ -291,5 +383,11 @@ def _limits(baseline: Run, candidate: Run, common: NDArray[np.int64]) -> tuple[s
     }
     for word, probes in only.items():
         if probes:
-            limits.append(f"Only the {word} was probed with {', '.join(probes)}: these measures stand alone.")
+            limits.append(
+                say(
+                    "Only the {word} was probed with {probes}: these measures stand alone.",
+                    word=word,
+                    probes=", ".join(probes),
+                )
+            )
     return (*limits, *validation_limits((("the baseline", baseline), ("the candidate", candidate))))

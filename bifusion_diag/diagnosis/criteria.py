@@ -11,6 +11,7 @@ import numpy as np
 
 from bifusion_diag.diagnosis.measures import Measures
 from bifusion_diag.diagnosis.names import MIOU, NORM, TOTAL, loss_terms
+from bifusion_diag.diagnosis.phrase import join, say
 from bifusion_diag.diagnosis.quantity import NotMeasured, Quantity, Reading
 from bifusion_diag.diagnosis.validation import against, common_evaluation, evaluated_at, same_validation
 from bifusion_diag.record.schema import Run
@@ -42,14 +43,23 @@ class Criterion:
     note: str = ""
 
 
-def judge(run: Run, measures: Measures, baseline: Run | None = None) -> tuple[Criterion, ...]:
-    """Judge a run by every criterion; `baseline` is what its validation mIoU is compared with."""
+def judge(
+    run: Run, measures: Measures, baseline: Run | None = None, scales: tuple[float, float] = (1.0, 1.0)
+) -> tuple[Criterion, ...]:
+    """Judge a run by every criterion.
+
+    Args:
+        run: judged.
+        measures: of it.
+        baseline: what its validation mIoU is compared with.
+        scales: how far a step of the baseline and one of the run go, where the same step is not the same moment.
+    """
     return (
         _clean_epochs(run),
         _norm_after_warm_up(run),
         _no_jump(measures),
         _alpha_in_band(measures),
-        _miou_above(run, baseline),
+        _miou_above(run, baseline, scales),
     )
 
 
@@ -60,24 +70,37 @@ def warm_up_steps(run: Run) -> int:
     3,000 ÷ 33,000.
     """
     planned = run.header.steps_planned or (int(run.steps[-1]) + 1 if len(run.steps) else 0)
-    early = _setting(run.settings, "model", "gate", "early_steps")
-    reference = _setting(run.settings, "training", "reference_steps")
+    early = setting(run.settings, "model", "gate", "early_steps")
+    reference = setting(run.settings, "training", "reference_steps")
     share = early / reference if early is not None and reference else WARM_UP_SHARE
     return math.ceil(planned * min(share, 1.0))
 
 
+def samples_per_step(run: Run) -> float | None:
+    """Scenes that all processes together see in one step; None where the record doesn't tell."""
+    batch = setting(run.settings, "training", "batch_size")
+    ranks = run.environment.get("ranks", 1)
+    if not isinstance(batch, int | float) or batch <= 0 or not isinstance(ranks, int) or ranks < 1:
+        return None
+    return float(batch) * ranks
+
+
 def steps_per_epoch(run: Run) -> float | None:
     """Optimiser steps an epoch, None where the record doesn't tell how many scenes an epoch has."""
+    stated = run.provenance.get("steps_per_epoch")
+    if isinstance(stated, int | float) and stated > 0:
+        return float(stated)
     scenes = run.provenance.get("scenes_per_epoch")
-    if scenes is None and _setting(run.settings, "data", "source") == "synthetic":
-        scenes = _setting(run.settings, "data", "scenes")
-    batch = _setting(run.settings, "training", "batch_size")
-    if not isinstance(scenes, int | float) or not batch or scenes <= 0:
+    if scenes is None and setting(run.settings, "data", "source") == "synthetic":
+        scenes = setting(run.settings, "data", "scenes")
+    samples = samples_per_step(run)
+    if not isinstance(scenes, int | float) or samples is None or scenes <= 0:
         return None
-    return max(float(scenes) / float(batch), 1.0)
+    return max(float(scenes) / samples, 1.0)
 
 
-def _setting(settings: Mapping[str, Any], *path: str) -> Any:
+def setting(settings: Mapping[str, Any], *path: str) -> Any:
+    """A nested setting; None where there is none."""
     value: Any = settings
     for key in path:
         if not isinstance(value, Mapping) or key not in value:
@@ -87,7 +110,11 @@ def _setting(settings: Mapping[str, Any], *path: str) -> Any:
 
 
 def _clean_epochs(run: Run) -> Criterion:
-    key, title, threshold = "clean_epochs", "No NaN or Inf loss in 20 epochs on end", f"≥ {CLEAN_EPOCHS} epochs"
+    key, title, threshold = (
+        "clean_epochs",
+        "No NaN or Inf loss in 20 epochs on end",
+        say("≥ {number} epochs", number=CLEAN_EPOCHS),
+    )
     epoch = steps_per_epoch(run)
     names = [TOTAL, *loss_terms(run).values()]
     losses = [series for name in names if (series := run.series(name)) is not None]
@@ -105,20 +132,27 @@ def _clean_epochs(run: Run) -> Criterion:
         return Criterion(key, title, threshold, "pass", reading, "longest stretch without a non-finite loss")
     if bad.size:
         first = min(series.stats.first_nonfinite_step or 0 for series in losses if series.stats.nonfinite)
-        count = f"{bad.size} steps, " if all(series.exact for series in losses) else ""
-        note = f"longest stretch without a non-finite loss; non-finite at {count}first at step {first}"
+        note = (
+            say(
+                "longest stretch without a non-finite loss; non-finite at {count} steps, first at step {step}",
+                count=bad.size,
+                step=first,
+            )
+            if all(series.exact for series in losses)
+            else say("longest stretch without a non-finite loss; non-finite at first at step {step}", step=first)
+        )
         return Criterion(key, title, threshold, "fail", reading, note)
-    reason = f"clean so far, but the run has only {longest:.3g} epochs"
+    reason = say("clean so far, but the run has only {epochs} epochs", epochs=f"{longest:.3g}")
     return Criterion(key, title, threshold, "not measured", NotMeasured(reason))
 
 
 def _norm_after_warm_up(run: Run) -> Criterion:
     key, threshold = "grad_norm", f"< {GRAD_NORM_LIMIT}"
     warm_up = warm_up_steps(run)
-    title = f"Pre-clip gradient norm after warm-up ({warm_up} steps)"
+    title = say("Pre-clip gradient norm after warm-up ({steps} steps)", steps=warm_up)
     norm = run.series(NORM)
     if norm is None:
-        return Criterion(key, title, threshold, "not measured", NotMeasured(f"{NORM} was not recorded"))
+        return Criterion(key, title, threshold, "not measured", NotMeasured(say("{name} was not recorded", name=NORM)))
     later = norm.steps >= warm_up
     values = norm.max[later]
     finite = values[np.isfinite(values)]
@@ -126,8 +160,8 @@ def _norm_after_warm_up(run: Run) -> Criterion:
     if not finite.size and not nonfinite:
         return Criterion(key, title, threshold, "not measured", NotMeasured("no step after the warm-up"))
     largest = float(finite.max()) if finite.size else math.nan
-    note = "largest norm after the warm-up" if finite.size else "no norm after the warm-up is finite"
-    note += f"; {nonfinite} steps are non-finite" if nonfinite else ""
+    of = "largest norm after the warm-up" if finite.size else "no norm after the warm-up is finite"
+    note = join([of, say("{count} steps are non-finite", count=nonfinite) if nonfinite else ""], "; ")
     result: Literal["pass", "fail"] = "pass" if largest < GRAD_NORM_LIMIT and not nonfinite else "fail"
     return Criterion(key, title, threshold, result, Quantity(largest), note)
 
@@ -137,21 +171,21 @@ def _no_jump(measures: Measures) -> Criterion:
     spikes = measures.readings["spikes"]
     if isinstance(spikes, NotMeasured):
         return Criterion(key, title, threshold, "not measured", spikes)
-    note = f"first at step {measures.spikes[0]}" if measures.spikes else ""
+    note = say("first at step {step}", step=measures.spikes[0]) if measures.spikes else ""
     return Criterion(key, title, threshold, "pass" if spikes.value == 0 else "fail", spikes, note)
 
 
 def _alpha_in_band(measures: Measures) -> Criterion:
     key, title = "alpha", "Mean α (“fusion_2d_ratio”)"
     low, high = ALPHA_BAND
-    threshold = f"in [{low}, {high}]"
+    threshold = say("in [{low}, {high}]", low=low, high=high)
     alpha = measures.readings.get("gate/mean", NotMeasured("no gate was recorded"))
     if isinstance(alpha, NotMeasured) or alpha.value is None:
         return Criterion(key, title, threshold, "not measured", alpha)
     return Criterion(key, title, threshold, "pass" if low <= alpha.value <= high else "fail", alpha)
 
 
-def _miou_above(run: Run, baseline: Run | None) -> Criterion:
+def _miou_above(run: Run, baseline: Run | None, scales: tuple[float, float]) -> Criterion:
     """At the last step at which both runs were evaluated, if it was on the same scenes."""
     key, title, threshold = "miou", "Validation mIoU above the baseline's", "> baseline"
 
@@ -161,14 +195,13 @@ def _miou_above(run: Run, baseline: Run | None) -> Criterion:
     if baseline is None:
         return not_measured("no baseline to compare with")
     if not all(evaluated_at(each.series(MIOU))[0].size for each in (run, baseline)):
-        return not_measured(f"{MIOU} was not recorded in both runs")
+        return not_measured(say("{name} was not recorded in both runs", name=MIOU))
     if not same_validation(run, baseline):
         return not_measured("the runs were evaluated on different scenes")
-    found = common_evaluation(run, baseline, MIOU)
+    found = common_evaluation(run, baseline, MIOU, (scales[1], scales[0]))
     if found is None:
         return not_measured("the runs were evaluated at no common step")
     result: Literal["pass", "fail"] = "pass" if found.one > found.other else "fail"
-    note = f"baseline {found.other:.4g}, both at step {found.step}" + (
-        f", {labels}" if (labels := against(run)) else ""
-    )
+    compared = say("baseline {number}, both at step {step}", number=f"{found.other:.4g}", step=found.step)
+    note = join([compared, against(run)], ", ")
     return Criterion(key, title, threshold, result, Quantity(found.one), note)

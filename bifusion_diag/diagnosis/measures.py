@@ -18,6 +18,7 @@ from bifusion_diag.diagnosis.definitions import DEFINITIONS, is_defined
 from bifusion_diag.diagnosis.instruments import instrument_measures, total
 from bifusion_diag.diagnosis.names import AP50, CLIP_PLACES, COEFFICIENT, MIOU, NORM, TOTAL, is_exact, loss_terms
 from bifusion_diag.diagnosis.origins import Origin, origin_from_dict, origin_to_dict, trace_origins
+from bifusion_diag.diagnosis.phrase import say
 from bifusion_diag.diagnosis.quantity import (
     NotMeasured,
     Quantity,
@@ -33,6 +34,8 @@ from bifusion_diag.record.schema import Run, Series
 LISTED_STEPS = 1000  # step lists keep at most so many; the counts are always complete
 LISTED_LAST = 10  # of a longer list its last steps, so many: did the run recover? The others are its first
 
+SINGLE_STEPS = ("bad_steps", "nonfinite_steps", "spikes", "spike_rate")  # measures that depend on single steps
+
 _REDUCED = "the record is reduced and holds no measures at full resolution"
 
 
@@ -45,12 +48,14 @@ class Measures:
         nonfinite: the non-finite steps; of more than `LISTED_STEPS` the first ones and the last `LISTED_LAST`.
         spikes: the spikes, likewise.
         origins: where each of these steps starts; empty where that could not be traced.
+        smoothing: steps whose mean a recorded value is; 1 where every value is of one step.
     """
 
     readings: Mapping[str, Reading]
     nonfinite: tuple[int, ...] = ()
     spikes: tuple[int, ...] = ()
     origins: tuple[Origin, ...] = ()
+    smoothing: int = 1
 
     @property
     def bad(self) -> tuple[int, ...]:
@@ -84,15 +89,31 @@ def measure(run: Run) -> Measures:
     if not is_exact(run) and "readings" in run.measures:
         stored = measures_from_dict(run.measures)
         known = {key: reading for key, reading in stored.readings.items() if is_defined(key)}
-        return replace(stored, readings=_in_order(known | instrument_measures(run)))
+        return replace(stored, readings=_in_order(known | instrument_measures(run)), smoothing=smoothing_of(run))
     nonfinite = nonfinite_steps(run)
     spikes, judged, spike_gap = _spike_steps(run)
     readings: dict[str, Reading] = {"steps": Quantity(len(run.steps), "steps")}
     readings |= _bad_steps(run, nonfinite, spikes, judged, spike_gap)
     readings |= _gradient_norm(run) | _clipping(run) | _loss_share(run) | instrument_measures(run)
     readings |= _clip(run) | _projection(run) | _gate(run) | _validation(run)
-    listed = _listed(nonfinite), _listed(spikes)
-    return Measures(_in_order(readings), *listed, trace_origins(run, *listed))
+    window = smoothing_of(run)
+    if window > 1:
+        readings |= _without_single_steps(readings, window)
+    listed = _listed(nonfinite), _listed(spikes if window == 1 else spikes[:0])
+    return Measures(_in_order(readings), *listed, trace_origins(run, *listed), window)
+
+
+def smoothing_of(run: Run) -> int:
+    """Of how many steps a recorded value is the mean: 1, unless the run was imported from a log that smooths."""
+    imported = run.provenance.get("imported")
+    window = imported.get("smoothing") if isinstance(imported, Mapping) else None
+    return window if isinstance(window, int) and window > 1 else 1
+
+
+def _without_single_steps(readings: Mapping[str, Reading], window: int) -> dict[str, Reading]:
+    """What depends on single steps cannot be told from means of several."""
+    gap = NotMeasured(say("smoothed over {window}: one bad step shows as {window}", window=window))
+    return {key: gap for key in SINGLE_STEPS if isinstance(readings.get(key), Quantity)}
 
 
 def nonfinite_steps(run: Run) -> NDArray[np.int64]:
@@ -132,12 +153,12 @@ def _spike_steps(run: Run) -> tuple[NDArray[np.int64], int, NotMeasured | None]:
     nothing = np.zeros(0, np.int64)
     norm = run.series(NORM)
     if norm is None:
-        return nothing, 0, NotMeasured(f"{NORM} was not recorded")
+        return nothing, 0, NotMeasured(say("{name} was not recorded", name=NORM))
     if not norm.exact:
         return nothing, 0, NotMeasured(_REDUCED)
     found = find_spikes(norm.value)
     judged = int(found.judged.sum())
-    reason = None if judged else NotMeasured(f"needs more than {MIN_PREVIOUS} finite gradient norms")
+    reason = None if judged else NotMeasured(say("needs more than {count} finite gradient norms", count=MIN_PREVIOUS))
     return norm.steps[found.is_spike], judged, reason
 
 
@@ -145,7 +166,7 @@ def _bad_steps(
     run: Run, nonfinite: NDArray[np.int64], spikes: NDArray[np.int64], judged: int, spike_gap: NotMeasured | None
 ) -> dict[str, Reading]:
     if run.series(TOTAL) is None and run.series(NORM) is None:
-        gap = NotMeasured(f"neither {TOTAL} nor {NORM} was recorded")
+        gap = NotMeasured(say("neither {loss} nor {norm} was recorded", loss=TOTAL, norm=NORM))
         return dict.fromkeys(("bad_steps", "nonfinite_steps", "first_nonfinite_step", "spikes", "spike_rate"), gap)
     first = int(nonfinite[0]) if nonfinite.size else None
     readings: dict[str, Reading] = {"first_nonfinite_step": Quantity(first, "step")}
@@ -161,7 +182,7 @@ def _gradient_norm(run: Run) -> dict[str, Reading]:
     norm = run.series(NORM)
     names = ("p50", "p95", "p99", "max")
     if norm is None or norm.stats.p50 is None:
-        gap = NotMeasured(f"{NORM} was not recorded" if norm is None else "no gradient norm is finite")
+        gap = NotMeasured(say("{name} was not recorded", name=NORM) if norm is None else "no gradient norm is finite")
         return {**{f"grad_norm/{name}": gap for name in names}, "grad_cv": gap}
     readings: dict[str, Reading] = {f"grad_norm/{name}": Quantity(getattr(norm.stats, name)) for name in names}
     readings["grad_cv"] = NotMeasured(_REDUCED)
@@ -176,7 +197,7 @@ def _gradient_norm(run: Run) -> dict[str, Reading]:
 def _clipping(run: Run) -> dict[str, Reading]:
     coefficient = run.series(COEFFICIENT)
     if coefficient is None or not coefficient.exact:
-        gap = NotMeasured(f"{COEFFICIENT} was not recorded" if coefficient is None else _REDUCED)
+        gap = NotMeasured(say("{name} was not recorded", name=COEFFICIENT) if coefficient is None else _REDUCED)
         return {"clipped_share": gap, "shrink_factor": gap}
     known = coefficient.value[np.isfinite(coefficient.value)]
     if not known.size:

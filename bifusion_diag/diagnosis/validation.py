@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from bifusion_diag.diagnosis.phrase import say
 from bifusion_diag.record.schema import Run, Series
 
 
@@ -25,14 +26,18 @@ def against(run: Run) -> str:
 def measured_against(validation: Mapping[str, Any]) -> str:
     """As :func:`against`, of the provenance of validation scenes."""
     labels = str(validation.get("labels", ""))
-    return f"against {labels}" if "pseudo" in labels else ""
+    return say("against {labels}", labels=labels) if "pseudo" in labels else ""
 
 
 def validation_limits(runs: Sequence[tuple[str, Run]]) -> tuple[str, ...]:
     """What has to be said beside the metrics of runs, given by name."""
-    limits = [
-        f"mIoU and AP of {name} are measured {against(run)}: they say how well it agrees with these, not how well it "
-        "segments."
+    limits: list[str] = [
+        say(
+            "mIoU and AP of {name} are measured {against}: they say how well it agrees with these, not how well it "
+            "segments.",
+            name=name,
+            against=against(run),
+        )
         for name, run in runs
         if run.names("eval/") and against(run)
     ]
@@ -55,20 +60,30 @@ def same_validation(one: Run, other: Run) -> bool:
 
 
 class CommonEvaluation(NamedTuple):
-    """A metric of two runs at one step."""
+    """A metric of two runs at one moment."""
 
-    step: int
+    step: int  # of the first run
     one: float
     other: float
 
 
-def common_evaluation(one: Run, other: Run, name: str) -> CommonEvaluation | None:
-    """At the last step at which the metric was measured in both; None where there is none."""
+def common_evaluation(
+    one: Run, other: Run, name: str, scales: tuple[float, float] = (1.0, 1.0)
+) -> CommonEvaluation | None:
+    """At the last moment at which the metric was measured in both; None where there is none.
+
+    Args:
+        one: run.
+        other: run.
+        name: of the metric.
+        scales: how far a step of each goes on the axis on which they are compared.
+    """
     (steps, values), (other_steps, other_values) = (evaluated_at(run.series(name)) for run in (one, other))
-    common, mine, theirs = np.intersect1d(steps, other_steps, return_indices=True)
+    moments, other_moments = np.round(steps * scales[0], 6), np.round(other_steps * scales[1], 6)
+    common, mine, theirs = np.intersect1d(moments, other_moments, return_indices=True)
     if not common.size:
         return None
-    return CommonEvaluation(int(common[-1]), float(values[mine[-1]]), float(other_values[theirs[-1]]))
+    return CommonEvaluation(int(steps[mine[-1]]), float(values[mine[-1]]), float(other_values[theirs[-1]]))
 
 
 def evaluated_at(series: Series | None) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

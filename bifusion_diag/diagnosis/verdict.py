@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from bifusion_diag.diagnosis.findings import SEVERITIES, Finding
 from bifusion_diag.diagnosis.incidents import RecordedIncident
 from bifusion_diag.diagnosis.measures import Measures
+from bifusion_diag.diagnosis.phrase import join, say
 from bifusion_diag.diagnosis.quantity import NotMeasured, Quantity
 from bifusion_diag.diagnosis.rules.incidents import PREFIX
 from bifusion_diag.diagnosis.thresholds import DEFAULT_THRESHOLDS, Thresholds
@@ -56,11 +57,11 @@ def judge_run(
     """The verdict on one run by itself: stable, unstable, or not enough data."""
     state = state_of(measures, steps, thresholds)
     words = {"stable": "is stable", "unstable": "is unstable", "not enough data": "cannot be judged yet"}[state]
-    sentence = f"{name} {words}: {_bad_in(measures, steps.size)}{_first(measures)}{_tail(measures)}"
-    if state == "not enough data":
-        sentence += _lacking(measures, steps.size, thresholds)
+    lacking = _lacking(measures, steps.size, thresholds) if state == "not enough data" else ""
+    numbers = join([_bad_in(measures, steps.size), _first(measures), _tail(measures), lacking], "")
     detail, leading = _where(measures, incidents)
-    return Verdict(state, f"{sentence}.", detail, *_remedy(findings, leading))
+    sentence = say("{name} {is_what}: {numbers}.", name=name, is_what=words, numbers=numbers)
+    return Verdict(state, sentence, detail, *_remedy(findings, leading))
 
 
 def judge_pair(
@@ -70,6 +71,7 @@ def judge_pair(
     findings: Sequence[Finding],
     thresholds: Thresholds = DEFAULT_THRESHOLDS,
     incidents: Sequence[RecordedIncident] = (),
+    baseline_steps: int | None = None,
 ) -> Verdict:
     """The verdict on a candidate against a baseline over the steps (K,) that both have.
 
@@ -86,16 +88,18 @@ def judge_pair(
         findings: of the candidate.
         thresholds: bounds.
         incidents: of the candidate.
+        baseline_steps: how many steps the baseline has, where these are not as many.
     """
     baseline, candidate = measures
     total = steps.size
+    total_before = total if baseline_steps is None else baseline_steps
     bad, bad_before = _count(candidate, "bad_steps"), _count(baseline, "bad_steps")
     own = state_of(candidate, steps, thresholds)
-    chance = fisher_more(bad, bad_before, total)
+    chance = fisher_more(bad, bad_before, total, total_before)
     counted = all(isinstance(one.readings.get("bad_steps"), Quantity) for one in measures)
     known = isinstance(baseline.readings.get("first_nonfinite_step"), Quantity)
     lacking = bool(candidate.nonfinite and known and not baseline.nonfinite)
-    more = counted and bad > bad_before
+    more = counted and bad * total_before > bad_before * total
     state: State = own
     if _is_lost(candidate, steps):
         state = "unstable"
@@ -104,19 +108,25 @@ def judge_pair(
     elif more and own == "unstable" and not candidate.nonfinite:
         state = "not enough data"
     words = {
-        "stable": f"is stable over {total} steps",
-        "less stable": f"is less stable than {names[0]}",
+        "stable": say("is stable over {steps} steps", steps=total),
+        "less stable": say("is less stable than {baseline}", baseline=names[0]),
         "unstable": "is unstable",
-        "not enough data": f"cannot be told from {names[0]} yet",
+        "not enough data": say("cannot be told from {baseline} yet", baseline=names[0]),
     }[state]
-    counts = f"{_bad_in(candidate, total)} (baseline {_bad(baseline)})"
-    sentence = f"{names[1]} {words}: {counts}{_first(candidate)}{_tail(candidate, baseline)}"
-    if state == "not enough data":
-        sentence += _lacking(candidate, total, thresholds)
+    before = _bad(baseline)
+    if total_before != total and before != "not measured":
+        before = say("{bad} in {steps}", bad=before, steps=total_before)
+    counts = say("{bad} (baseline {before})", bad=_bad_in(candidate, total), before=before)
+    missing = _lacking(candidate, total, thresholds) if state == "not enough data" else ""
+    numbers = join([counts, _first(candidate), _tail(candidate, baseline), missing], "")
+    sentence = say("{name} {is_what}: {numbers}.", name=names[1], is_what=words, numbers=numbers)
     detail, leading = _where(candidate, incidents)
-    if more and not lacking and chance >= CHANCE:
-        detail += f" So few more bad steps than the baseline's may be chance (p = {chance:.2g})."
-    return Verdict(state, f"{sentence}.", detail.strip(), *_remedy(findings, leading))
+    perhaps = (
+        say("So few more bad steps than the baseline's may be chance (p = {p}).", p=f"{chance:.2g}")
+        if more and not lacking and chance >= CHANCE
+        else ""
+    )
+    return Verdict(state, sentence, join([detail, perhaps]), *_remedy(findings, leading))
 
 
 def state_of(
@@ -132,17 +142,25 @@ def state_of(
     return "unstable" if several and rate > thresholds.spike_rate else "stable"
 
 
-def fisher_more(candidate: int, baseline: int, steps: int) -> float:
-    """Fisher's exact test, one-sided: the chance that, of all bad steps of two runs of `steps` steps each, at least
-    `candidate` fall to the candidate if both runs are alike."""
+def fisher_more(candidate: int, baseline: int, steps: int, baseline_steps: int | None = None) -> float:
+    """Fisher's exact test, one-sided: the chance that, of all bad steps of two runs, at least `candidate` fall to the
+    candidate if both runs are alike.
+
+    Args:
+        candidate: its bad steps.
+        baseline: its bad steps.
+        steps: of the candidate.
+        baseline_steps: of the baseline, where these are not as many.
+    """
     bad = candidate + baseline
+    before = steps if baseline_steps is None else baseline_steps
 
     def log_choose(n: int, k: int) -> float:
         return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
 
-    all_ways = log_choose(2 * steps, bad)
-    most = min(bad, steps)
-    ways = (log_choose(steps, k) + log_choose(steps, bad - k) - all_ways for k in range(candidate, most + 1))
+    all_ways = log_choose(steps + before, bad)
+    least, most = max(candidate, bad - before), min(bad, steps)
+    ways = (log_choose(steps, k) + log_choose(before, bad - k) - all_ways for k in range(least, most + 1))
     return min(1.0, math.fsum(math.exp(way) for way in ways))
 
 
@@ -159,44 +177,55 @@ def _count(measures: Measures, key: str) -> int:
 
 
 def _bad(measures: Measures) -> str:
-    """How many steps are bad; of a reduced record at least as many as its buckets show."""
+    """How many steps are bad; of a reduced or smoothed record at least as many as it shows."""
     reading = measures.readings.get("bad_steps")
     if isinstance(reading, Quantity) and reading.value is not None:
-        return f"{int(reading.value)}"
-    return f"at least {len(measures.bad)}" if measures.bad else "not measured"
+        return str(int(reading.value))
+    least = math.ceil(len(measures.bad) / max(1, measures.smoothing))
+    return say("at least {number}", number=least) if least else "not measured"
 
 
 def _bad_in(measures: Measures, total: int) -> str:
     bad = _bad(measures)
+    reading = measures.readings.get("bad_steps")
     if bad == "not measured":
-        reading = measures.readings.get("bad_steps")
-        reason = f" ({reading.reason})" if isinstance(reading, NotMeasured) else ""
-        return f"its bad steps are not measured{reason}"
-    return f"{'no' if bad == '0' else bad} bad step{'' if bad in ('1', 'at least 1') else 's'} in {total}"
+        if isinstance(reading, NotMeasured):
+            return say("its bad steps are not measured ({reason})", reason=reading.reason)
+        return "its bad steps are not measured"
+    if bad == "0":
+        return say("no bad steps in {steps}", steps=total)
+    template = "{bad} bad step in {steps}" if bad in ("1", "at least 1") else "{bad} bad steps in {steps}"
+    counted = say(template, bad=bad, steps=total)
+    if measures.smoothing > 1 and isinstance(reading, NotMeasured):
+        return say("{counted} ({reason})", counted=counted, reason=reading.reason)
+    return counted
 
 
 def _lacking(measures: Measures, total: int, thresholds: Thresholds) -> str:
     """What a run that cannot be judged lacks."""
     if total < thresholds.min_steps:
-        return f"; calling a run stable takes {thresholds.min_steps} steps"
+        return say("; calling a run stable takes {steps} steps", steps=thresholds.min_steps)
     spikes = measures.readings.get("spikes")
     if isinstance(spikes, NotMeasured) and _bad(measures) != "not measured":
-        return f"; spikes are not measured ({spikes.reason})"
+        return say("; spikes are not measured ({reason})", reason=spikes.reason)
     return ""
 
 
 def _first(measures: Measures) -> str:
-    return f", first at step {measures.bad[0]}" if measures.bad else ""
+    return say(", first at step {step}", step=measures.bad[0]) if measures.bad else ""
 
 
 def _tail(measures: Measures, baseline: Measures | None = None) -> str:
     """The third number where there is no first bad step to name: how far the norm's tail reaches."""
-    tail = measures.readings.get("grad_norm/p99")
-    if measures.bad or not isinstance(tail, Quantity):
+    tail = measures.number("grad_norm/p99")
+    if measures.bad or tail is None:
         return ""
     before = None if baseline is None else baseline.number("grad_norm/p99")
-    compared = "" if before is None else f" (baseline {before:.3g})"
-    return f"; 99 % of its gradient norms are below {tail.value:.3g}{compared}"
+    if before is None:
+        return say("; 99 % of its gradient norms are below {norm}", norm=f"{tail:.3g}")
+    return say(
+        "; 99 % of its gradient norms are below {norm} (baseline {before})", norm=f"{tail:.3g}", before=f"{before:.3g}"
+    )
 
 
 @dataclass(frozen=True)
@@ -227,16 +256,27 @@ def _where(measures: Measures, incidents: Sequence[RecordedIncident]) -> tuple[s
     first = next(iter(alike.values()))
     where = str(first.place)
     if first.incident is not None:
-        where += f" ({_inside_a_sentence(first.incident.title)})"
+        where = say("{place} ({mechanism})", place=where, mechanism=_inside_a_sentence(first.incident.title))
     named = next(((step, start.scenes) for step, start in alike.items() if start.scenes), None)
+    scenes = ", ".join(named[1]) if named else ""
     if len(starts) == 1:
-        return f"It starts in {where}{', on ' + ', '.join(named[1]) if named else ''}.", first.incident
+        if scenes:
+            return say("It starts in {place}, on {scenes}.", place=where, scenes=scenes), first.incident
+        return say("It starts in {place}.", place=where), first.incident
     on = ""
     if named:
-        which = "the first" if named[0] == next(iter(alike)) else f"at step {named[0]}"
-        on = f", {which} on {', '.join(named[1])}"
-    traced = f"the {len(starts)} that were traced" if _count(measures, "bad_steps") > len(starts) else len(starts)
-    return f"{count} of {traced} start{'s' if count == 1 else ''} in {where}{on}.", first.incident
+        is_first = named[0] == next(iter(alike))
+        on = (
+            say(", the first on {scenes}", scenes=scenes)
+            if is_first
+            else say(", at step {step} on {scenes}", step=named[0], scenes=scenes)
+        )
+    more = _count(measures, "bad_steps") > len(starts)
+    traced = say("the {count} that were traced", count=len(starts)) if more else str(len(starts))
+    template = (
+        "{count} of {traced} starts in {place}{on}." if count == 1 else "{count} of {traced} start in {place}{on}."
+    )
+    return say(template, count=count, traced=traced, place=where, on=on), first.incident
 
 
 def _inside_a_sentence(title: str) -> str:
@@ -247,7 +287,7 @@ def _inside_a_sentence(title: str) -> str:
 def with_ending(verdict: Verdict, run: Run) -> Verdict:
     """The verdict of a run that did not end by itself says so first."""
     ending = ending_of(run, "It")
-    return dataclasses.replace(verdict, detail=f"{ending} {verdict.detail}".strip()) if ending else verdict
+    return dataclasses.replace(verdict, detail=join([ending, verdict.detail])) if ending else verdict
 
 
 def ending_of(run: Run, subject: str) -> str:
@@ -260,8 +300,10 @@ def ending_of(run: Run, subject: str) -> str:
     if how is None:
         return ""
     lines = (run.error or "").strip().splitlines()
-    error = f": {lines[0][:ERROR_LENGTH].rstrip('.')}" if lines else ""
-    return f"{subject} {how} after step {run.steps[-1]}{error}."
+    end = {"subject": subject, "how": how, "step": int(run.steps[-1])}
+    if lines:
+        return say("{subject} {how} after step {step}: {error}.", error=lines[0][:ERROR_LENGTH].rstrip("."), **end)
+    return say("{subject} {how} after step {step}.", **end)
 
 
 def _remedy(findings: Sequence[Finding], leading: RecordedIncident | None) -> tuple[Mapping[str, Any] | None, bool]:
