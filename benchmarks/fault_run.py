@@ -83,6 +83,7 @@ class Outcome:
     reproduced: bool | None = None  # in place
     difference: str = ""
     capsule: str | None = None
+    record: str | None = None  # of the run
     note: str = ""  # why there is no capsule
     replayed: bool | None = None  # in a new process
     ratio: float | None = None  # diagnosis in step times
@@ -173,6 +174,7 @@ def run_case(case: Case, folder: Path) -> Outcome:
                 break
     outcome = judge(truth_of(case), recorder.incidents, statistics.median(seconds))
     outcome.warned = [str(w.message) for w in warned if not _is_incident(str(w.message))]
+    outcome.record = str(out)
     outcome.seconds = time.perf_counter() - began
     return outcome
 
@@ -376,6 +378,7 @@ def run_bifusion(fault: Fault, prefix: Path, folder: Path) -> Outcome:
     # A copied record begins with the prefix's own incidents: the recorder knows those of this run alone.
     outcome = judge(bifusion_truth(fault), trainer.recorder.incidents, statistics.median(trainer.step_seconds[:2]))
     outcome.warned = warned
+    outcome.record = str(out)
     outcome.seconds = time.perf_counter() - began
     return outcome
 
@@ -388,6 +391,7 @@ def run_control(preset: str, folder: Path) -> Outcome:
     truth = Truth(f"bifusion/{preset}-from-scratch", "healthy", (), 0, False)
     outcome = judge(truth, trainer.recorder.incidents, statistics.median(trainer.step_seconds))
     outcome.warned = warned
+    outcome.record = str(out)
     outcome.seconds = time.perf_counter() - began
     return outcome
 
@@ -414,6 +418,7 @@ def run_ranks(fault: Fault, folder: Path) -> Outcome:
     series = run.series("train/step_seconds")
     step_seconds = 0.0 if series is None else float(np.median(series.value))
     outcome = judge(bifusion_truth(fault), incidents, step_seconds)
+    outcome.record = str(out)
     outcome.seconds = time.perf_counter() - began
     return outcome
 

@@ -4,6 +4,7 @@
     python -m benchmarks.faults --workload images fusion       users' models only: about two minutes
     python -m benchmarks.faults --only bifusion/nan-output images/wrong-label
     python -m benchmarks.faults --quick                        every fourth case
+    python -m benchmarks.faults --findings --remedies          and what the findings say, and whether the remedy cures
     python -m benchmarks.faults --json faults.json
 
 Workloads: `bifusion` (the real trainer, small scale, every fault of `--inject`, started from the same 20 steps), three
@@ -12,6 +13,10 @@ models of users (`images`: CNN with BatchNorm, `sequences`: transformer, `fusion
 incident's step minus the fault's; its kind; whether module, term and sample are right ("-": not judged; a case without
 a guilty sample is right if none is named); whether the step ran again bit by bit in place, and its capsule in a new
 process; how long the diagnosis took in step times. A control is right if there is no incident at all.
+
+With --findings the record of each case is assessed as `bifusion-diag report` does it: is the finding about the step
+the right one (:data:`benchmarks.fault_findings.RIGHT`), does it name module and term? With --remedies the capsule is
+tried under every remedy that may help (`--what-if auto`, four steps), before: is the step stable with the best one?
 """
 
 from __future__ import annotations
@@ -25,10 +30,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.fault_cases import CASES
+from benchmarks.fault_findings import Score, score
 from benchmarks.fault_run import (
     Outcome,
     make_prefix,
@@ -144,6 +151,34 @@ def totals(outcomes: Sequence[Outcome]) -> dict[str, str]:
     }
 
 
+def judge_findings(outcomes: Sequence[Outcome], *, remedies: bool) -> dict[str, Score]:
+    """The findings of every fault by its name; prints what is wrong."""
+    scores: dict[str, Score] = {}
+    print(f"{'fault':38s} {'rule of the finding':36s} {'remedy'}")
+    for outcome in outcomes:
+        if outcome.truth.place == "healthy":
+            continue
+        one = scores[outcome.truth.name] = score(outcome, remedies=remedies)
+        marks = [] if one.rule_right else ["rule WRONG"]
+        marks += ["module WRONG"] if one.module_right is False else []
+        marks += ["term WRONG"] if one.term_right is False else []
+        marks += ["not restored"] if one.restored is False else []
+        marks += ["not named"] if one.named is False else []
+        print(f"{outcome.truth.name:38s} {one.rule or 'none':36s} {one.remedy}  {'; '.join(marks)}", flush=True)
+    return scores
+
+
+def finding_totals(scores: Sequence[Score]) -> dict[str, str]:
+    """Numbers of :func:`judge_findings`, as words."""
+    return {
+        "finding: right rule": _share([one.rule_right for one in scores]),
+        "finding: right module": _share([one.module_right for one in scores]),
+        "finding: right term": _share([one.term_right for one in scores]),
+        "remedy: what-if restores stability": _share([one.restored for one in scores]),
+        "remedy: settings that help are in the finding": _share([one.named for one in scores]),
+    }
+
+
 def _share(values: Sequence[bool | None]) -> str:
     judged = [value for value in values if value is not None]
     return f"{sum(judged)} of {len(judged)}" + (f" ({sum(judged) / len(judged):.0%})" if judged else "")
@@ -156,6 +191,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="WORKLOAD/NAME", help="these cases alone")
     parser.add_argument("--quick", action="store_true", help=f"every {QUICK}th case")
     parser.add_argument("--no-replay", action="store_true", help="do not replay the capsules")
+    parser.add_argument("--findings", action="store_true", help="judge the findings, too")
+    parser.add_argument("--remedies", action="store_true", help="with --findings: try the remedies before")
     parser.add_argument("--json", type=Path, help="write what was found to this file")
     parser.add_argument("--keep", type=Path, help="keep records and capsules in this folder")
     options = parser.parse_args(arguments)
@@ -181,17 +218,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     outcome.replayed = replayed[outcome.capsule]["identical"]
                     if not outcome.replayed:
                         outcome.warned.append(f"replay: {replayed[outcome.capsule]['difference']}")
+        scores = judge_findings(outcomes, remedies=options.remedies) if options.findings else {}
     titles = ("fault", "in", "step", "kind", "module", "term", "sample", "in place", "capsule", "× step")
     print(_ROW.format(*titles, ""))
     for outcome in outcomes:
         print(row(outcome))
     print()
     found = totals(outcomes)
+    if scores:
+        found |= finding_totals(list(scores.values()))
     for name, value in found.items():
         print(f"{name:46s}{value}")
     print(f"{len(outcomes)} cases in {time.perf_counter() - began:.0f} s")
     if options.json:
-        report = {"totals": found, "cases": [asdict(outcome) for outcome in outcomes]}
+        report: dict[str, Any] = {"totals": found, "cases": [asdict(outcome) for outcome in outcomes]}
+        report["findings"] = {name: asdict(one) for name, one in scores.items()}
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     missed = [o for o in outcomes if o.false_alarms or o.detected is False]
     return 1 if missed else 0

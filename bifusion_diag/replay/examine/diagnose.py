@@ -279,7 +279,7 @@ def _evidence(facts: Facts, choice: Choice, verdict: Verdict) -> dict[str, Any]:
     if not choice.samples and facts.samples is not None and facts.samples.reason:
         found["no sample is named"] = facts.samples.reason
     if facts.healthy_too is not None:
-        found["the last healthy batch with these weights"] = "is bad too" if facts.healthy_too else "is healthy"
+        found["the last healthy step with these weights"] = "bad too" if facts.healthy_too else "healthy"
     found |= dict(list(census.evidence(facts.census, facts.healthy_census).items())[:SIGHTS])
     if facts.vitals.local_norm is not None:
         found["local gradient norm"] = facts.vitals.local_norm

@@ -124,7 +124,7 @@ MECHANISMS: dict[str, Mechanism] = {
             "A sample whose loss does not fit its input",
             "the input is like all others, and the loss of the sample alone is far above theirs: its labels, or an "
             "example that is truly hard",
-            ("drop-sample", "clip-grad", "baseline-instance-weights"),
+            ("drop-sample", "skip-step", "clip-grad", "baseline-instance-weights"),
         ),
         Mechanism(
             "tiny-sample",

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.nn.modules.loss import _Loss
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -41,6 +42,7 @@ OF_MASKS = {
     *("_softmax", "_log_softmax", "_masked_softmax", "logsumexp", "_logcumsumexp", "logaddexp"),
     *("add", "add_", "sub", "sub_", "rsub", "mul", "mul_", "div", "div_"),
 }
+OVERFLOW = {"exp", "exp_", "exp2", "exp2_", "expm1", "expm1_", "sinh", "cosh"}  # of −∞ they are finite
 EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "set_"}  # hold anything
 
 
@@ -66,6 +68,8 @@ class Origin:
         parameter: name of the parameter, buffer or input that is bad itself.
         node: in the backward: autograd's node, such as "SqrtBackward0".
         in_hook: in the backward: the values were made by the user's own code: a hook or a Function's backward.
+        in_function: it was a Function's backward.
+        of_nothing: a division of 0 by a count of 0.
         written: infinities that were meant.
         nan: there is a NaN among them.
         bad: how many.
@@ -80,6 +84,8 @@ class Origin:
     parameter: str | None = None
     node: str | None = None
     in_hook: bool = False
+    in_function: bool = False
+    of_nothing: bool = False
     written: bool = False
     nan: bool = False
     bad: int = 0
@@ -206,7 +212,7 @@ class OpWatch(TorchDispatchMode):
         absmax = self._largest(inputs) if self._ranges else None
         constants = [value for value in tree_leaves((args, kwargs)) if isinstance(value, float)]
         output = func(*args, **kwargs)
-        self._after(func, name, place, inputs, before, [*_outputs(output), *written], absmax, constants)
+        self._after(func, name, place, args, inputs, before, [*_outputs(output), *written], absmax, constants)
         return output
 
     def _after(
@@ -214,6 +220,7 @@ class OpWatch(TorchDispatchMode):
         func: Any,
         name: str,
         place: _Place,
+        args: Sequence[Any],
         inputs: list[Tensor],
         before: dict[int, tuple[bool, bool]],  # by id of what was changed in place: whether it was bad, and NaN
         outputs: list[Tensor],
@@ -238,14 +245,16 @@ class OpWatch(TorchDispatchMode):
         nan = any(map(_has_nan, bad))
         made_nan = nan and not any(before[id(t)][1] if id(t) in before else _has_nan(t) for t in bad_inputs)
         meant = all(self.origins[i].written for i in sources)
-        if not sources or (meant and made_nan and (name in OF_MASKS or "attention" in name)):
+        overflows = name in OVERFLOW and any(map(_has_infinity, bad)) and not any(map(_has_infinity, bad_inputs))
+        if not sources or (meant and (overflows or (made_nan and (name in OF_MASKS or "attention" in name)))):
             count = sum(count for _, count in ranges)
             given = tuple(_argument(t) for t in inputs if id(t) not in before)
             constant = name in WRITERS and (bool(bad_inputs) or math.inf in constants or -math.inf in constants)
             if name not in CONSTANTS:  # masks are −∞; what writes ∞ among other values is a fault
                 constant = constant and not any(bool((numbers(t) == math.inf).any()) for t in bad)
             written = not nan and (constant or (name == "log" and _is_mask(inputs)))
-            sources = {self._add(place, _op_name(func), written=written, nan=nan, bad=count, arguments=given)}
+            facts = {"written": written, "nan": nan, "bad": count, "arguments": given}
+            sources = {self._add(place, _op_name(func), of_nothing=nan and _divides_nothing(name, args), **facts)}
         for tensor in bad:
             self._bad[storage_of(tensor)] = frozenset(sources)
             self._kept.append(tensor)
@@ -268,7 +277,7 @@ class OpWatch(TorchDispatchMode):
                 meant = leaf.kind != "parameter" and not nan and not bool((values == math.inf).any())
                 if leaf.kind == "input" and meant:
                     meant = bool((values.isinf() | (values == 0)).all())
-                origin = Origin(None, leaf.module, direction, None, leaf.name, None, False, meant, nan, count)
+                origin = Origin(None, leaf.module, direction, None, leaf.name, written=meant, nan=nan, bad=count)
                 index = self._append(origin)
             self._bad[storage] = frozenset({index})
             self._kept.append(tensor)
@@ -290,7 +299,8 @@ class OpWatch(TorchDispatchMode):
             direction, leaf = "after backward", self.leaf(place.node.variable)
             parameter = leaf.name if leaf is not None else None
         source = told(place.line or line)
-        return self._append(Origin(op, module, direction, source, parameter, name, in_hook, **facts))
+        in_function = in_hook and hooked is None and isinstance(place.node, BackwardCFunction)
+        return self._append(Origin(op, module, direction, source, parameter, name, in_hook, in_function, **facts))
 
     def _direction(self, name: str | None) -> Direction:
         """Losses are computed outside of modules, by PyTorch's own, and by those that are called so."""
@@ -390,6 +400,20 @@ def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[
             value = args[index] if index < len(args) else kwargs.get(argument.name)
             found += [t for t in tree_leaves(value) if _floating(t)]
     return found
+
+
+def _divides_nothing(name: str, args: Sequence[Any]) -> bool:
+    """Whether 0 is divided by a count of 0, such as the sum over nothing by how many there are."""
+    if name != "div" or len(args) < 2 or not all(isinstance(given, Tensor) for given in args[:2]):
+        return False
+    total, count = (numbers(given.detach()).double() for given in args[:2])
+    if not bool(((count >= 0) & (count == count.round())).all()):
+        return False
+    return bool(((total == 0) & (count == 0)).any())
+
+
+def _has_infinity(tensor: Tensor) -> bool:
+    return bool((numbers(tensor) == math.inf).any())
 
 
 def _argument(tensor: Tensor) -> Argument:

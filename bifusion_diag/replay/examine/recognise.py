@@ -15,6 +15,7 @@ from bifusion_diag.replay.examine.optimizer_state import held_by
 from bifusion_diag.replay.examine.origin import Origin
 from bifusion_diag.replay.step import TOTAL
 
+ROOT = "(root)"  # the model itself
 TINY = 1e-4  # norm of a vector that is normalised
 SMALL = 1e-6  # divisor
 VAGUE = ("gradient-scaled", "module-output-jump", UNKNOWN)  # which say where and not why
@@ -268,11 +269,16 @@ def mechanism_of(origin: Origin | None, op: str | None, facts: Facts) -> str:
         "empty mean" in facts.census and name.startswith(("mean", "div"))
     ):
         return "empty-selection"
-    if (origin is not None and origin.in_hook) or _is_custom(op):
+    if _is_custom(op) or (origin is not None and origin.in_function):
+        return "custom-function"
+    if origin is not None and origin.in_hook:
         return "gradient-scaled" if op and "." in op else "custom-function"
     if name.startswith(("mean", "var", "std", "median")) and name.find("backward") < 0:
         return "empty-selection"
-    if name.startswith("div") and len(given) > 1 and all(a.least == 0 == a.high == a.low for a in given[:2]):
+    if name.startswith("div") and (
+        (origin is not None and origin.of_nothing)
+        or (len(given) > 1 and all(a.least == 0 == a.high == a.low for a in given[:2]))
+    ):
         return "empty-selection"  # 0/0, as a sum over nothing by a count of nothing
     if origin is not None and not origin.nan and any(argument.dtype == "float16" for argument in given):
         return "half-overflow"
@@ -401,6 +407,8 @@ def _jumped(facts: Facts, choice: Choice) -> Verdict | None:
         against = f", usual is {usual:.4g}" if usual is not None else ""
         text = f"{name} is {now:.4g}{against}" if now is not None else f"{name} has jumped"
         return _verdict("loss-term-jump", text, {"term": term, "value": now, "usual": usual} | _jump(choice))
+    if cause.module == ROOT and cause.direction == "forward" and _is_of_some_terms(facts, choice):
+        return _jump_outside_modules(facts, choice)
     op = f"{cause.op} in " if cause.op else ""
     what = "output" if cause.direction == "forward" else "gradient"
     source = f" ({cause.source})" if cause.source else ""
@@ -408,6 +416,26 @@ def _jumped(facts: Facts, choice: Choice) -> Verdict | None:
     if cause.direction == "forward":
         return _verdict("module-output-jump", text, _jump(choice))
     return _verdict("custom-function" if _is_custom(cause.op) else "gradient-scaled", text, _jump(choice))
+
+
+def _is_of_some_terms(facts: Facts, choice: Choice) -> bool:
+    """Whether not all loss terms have jumped: then what the model does outside its modules is of these losses."""
+    terms = {*facts.vitals.terms} - {TOTAL}
+    return bool(choice.terms) and (len(choice.terms) < len(terms) or facts.kind in ("loss-spike", "loss-shift"))
+
+
+def _jump_outside_modules(facts: Facts, choice: Choice) -> Verdict:
+    """A model that computes its losses itself: a term is to blame, or the batch where the last healthy one is fine."""
+    cause, jump = choice.cause, choice.jump
+    assert cause is not None
+    assert jump is not None
+    place = " in ".join(filter(None, (cause.op, "the model's own forward")))
+    source = f" ({cause.source})" if cause.source else ""
+    text = f"{place}{source} gives {jump.value:.4g}, {jump.before:.4g} otherwise, and term {choice.terms[0]} jumps"
+    if facts.healthy_too is False and facts.kind in ("loss-spike", "loss-shift"):
+        text += "; the last healthy batch with these weights is as usual, and no input of this one stands out"
+        return _verdict("wrong-labels", text, _jump(choice))
+    return _verdict("loss-term-jump", text, {"term": choice.terms[0]} | _jump(choice))
 
 
 def _is_custom(op: str | None) -> bool:

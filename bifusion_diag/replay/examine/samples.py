@@ -171,7 +171,7 @@ class _Search:
         if not bad(whole):
             return {}, "the step is not bad when it is run again"
         if healthy is not None and bad(healthy):
-            return {}, "the last healthy batch is bad at these weights too"
+            return {}, "even the last healthy batch is bad in its place"
         if self.size == 1:
             known = healthy is not None and not (healthy.error and not whole.error)
             return self._only_one(whole.badness if known else None)

@@ -27,6 +27,7 @@ from bifusion_diag.replay.trials.remedies import Action, Patch
 
 STEPS = 10  # after the bad one
 ALIKE = 1.01  # losses whose ratio is less are the same: then the smaller change wins
+HELPS = 1.1  # a loss must be so many times smaller to be a help by itself: short trials differ by a few per cent anyway
 AS_IT_WAS = "as it was"
 NOTHING = Action()
 
@@ -286,7 +287,7 @@ def helpful(trials: Sequence[Trial], as_it_was: Trial) -> list[Trial]:
     better = []
     for trial in trials:
         mine, plain = trial.rank, as_it_was.rank
-        if mine[:-1] < plain[:-1] or (mine[:-1] == plain[:-1] and mine[-1] * ALIKE < plain[-1]):
+        if mine[:-1] < plain[:-1] or (mine[:-1] == plain[:-1] and mine[-1] * HELPS < plain[-1]):
             better.append(trial)
     return better
 

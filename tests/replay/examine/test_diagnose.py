@@ -135,7 +135,7 @@ def test_time_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_healthy_step_to_compare_with() -> None:
     incident = Case().diagnose(contrast=None)
     assert incident.mechanism == "log-of-zero"
-    assert "the last healthy batch with these weights" not in incident.evidence
+    assert "the last healthy step with these weights" not in incident.evidence
 
 
 def test_a_bad_weight_is_nobodys_sample() -> None:
@@ -148,4 +148,4 @@ def test_a_bad_weight_is_nobodys_sample() -> None:
     assert incident.cause is not None
     assert (incident.cause.direction, incident.cause.parameter) == ("update", "head.weight")
     assert incident.samples == ()
-    assert incident.evidence["the last healthy batch with these weights"] == "is bad too"
+    assert incident.evidence["the last healthy step with these weights"] == "bad too"

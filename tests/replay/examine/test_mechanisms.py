@@ -445,7 +445,7 @@ def test_wrong_labels_from_some_step_on() -> None:
     incident = loop.run(after=6)[0]
     assert (incident.step, incident.triggers[0].kind) == (64, "loss-shift")
     assert incident.mechanism == "wrong-labels", incident.explanation
-    assert incident.evidence["the last healthy batch with these weights"] == "is healthy"
+    assert incident.evidence["the last healthy step with these weights"] == "healthy"
     assert incident.terms[0] == "class"
     assert incident.samples == ()
 

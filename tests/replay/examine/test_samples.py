@@ -145,7 +145,7 @@ def test_spoilt_weights_are_no_samples_fault(task):
     with torch.no_grad():
         list(task.model.parameters())[-1][0] = torch.nan
     finding = task.find(task.batch(), "nonfinite-loss")
-    assert (guilty(finding), finding.reason) == ([], "the last healthy batch is bad at these weights too")
+    assert (guilty(finding), finding.reason) == ([], "even the last healthy batch is bad in its place")
     with torch.no_grad():
         list(task.model.parameters())[-1][0] = 1000.0
     assert guilty(task.find(task.batch(), "loss-spike")) == []
