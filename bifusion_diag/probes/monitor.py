@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
@@ -23,10 +24,12 @@ from bifusion_diag.probes.loss_terms import TOLD, LossTerms
 from bifusion_diag.probes.modules import bare_model, measured_modules, plain_name
 from bifusion_diag.probes.ranks import own_rank, world_size
 from bifusion_diag.probes.rows import RowBlock, pack
+from bifusion_diag.probes.scene import take_snapshot
 from bifusion_diag.record import (
     ModuleInfo,
     RunHeader,
     RunWriter,
+    Snapshot,
     TensorBoardSink,
     collect_environment,
     record_folder,
@@ -310,6 +313,63 @@ class Monitor:
         if self._open_step is None and not self._measuring:
             raise UserError(f"log({name!r}): no step is open. Call it in a step block or after it, before end_step().")
         self._logs[name] = value
+
+    def snapshot(
+        self,
+        forward: Callable[[], Any],
+        xyz: Tensor | ArrayLike,
+        images: Tensor | ArrayLike,
+        *,
+        name: str = "scene",
+        moment: str = "",
+        intrinsics: Tensor | ArrayLike | None = None,
+        pose: Tensor | ArrayLike | None = None,
+        provenance: Mapping[str, str] | None = None,
+    ) -> Snapshot | None:
+        """Record α on a scene as the model weighs it now, for the report's picture of it::
+
+            monitor.snapshot(lambda: model(batch), batch["points"], batch["images"], pose=batch["pose"])
+
+        Call it between steps, of the same scene each time; of more than three a run keeps the first two and the last.
+        The forward runs in evaluation mode, and modes, buffers and torch's random numbers are afterwards as they were.
+
+        Args:
+            forward: runs the model on that one scene. The first module whose output has `uv` (N, V, 2) [px] and `valid`
+                (N,), and the first whose output has `alpha` (N,) or (N, 1), are read; `view` (N,) and `inside` (N, V)
+                beside `uv` too, where they are there.
+            xyz: (N, 3) the points in world coordinates [m].
+            images: (V, 3, H, W) uint8, in whose pixels uv counts.
+            name: of the scene.
+            moment: which moment this is; a later snapshot of the same moment replaces it. "": none replaces it.
+            intrinsics: (V, 3, 3) [px].
+            pose: (V, 4, 4) camera-to-world [m]; with it the points are shown from above, as seen from the first camera.
+            provenance: what the scene is: "split", "kind", "labels", "flaws".
+
+        Returns:
+            The snapshot; None on a rank other than 0.
+
+        Raises:
+            UserError: a step block is open, or the forward has not returned what is needed.
+        """
+        if self._measuring:
+            raise UserError("snapshot(...): a step block is open. Call it between two steps.")
+        if own_rank():
+            return None
+        snapshot = take_snapshot(
+            self.model,
+            forward,
+            xyz,
+            images,
+            done=self._next,
+            name=name,
+            moment=moment,
+            intrinsics=intrinsics,
+            pose=pose,
+            provenance=provenance,
+        )
+        if self._writer is not None:
+            self._writer.snapshot(snapshot)
+        return snapshot
 
     def end_step(self) -> None:
         """Close the row of the step that was measured. Does nothing where none is open."""

@@ -6,6 +6,7 @@ from bifusion_diag.record.follow import RecordFollower
 from bifusion_diag.record.incidents import incident_folder
 from bifusion_diag.record.load import load_run, resolve_run
 from bifusion_diag.record.reader import RecordReader
+from bifusion_diag.record.scenes import AlphaNumbers, SceneCapture, SceneView, Snapshot, alpha_numbers, capture
 from bifusion_diag.record.schema import (
     SCHEMA_VERSION,
     Event,
@@ -22,6 +23,7 @@ from bifusion_diag.record.writer import RunWriter, check_output, rank_folders, r
 
 __all__ = [
     "SCHEMA_VERSION",
+    "AlphaNumbers",
     "Event",
     "Histogram",
     "HistogramRows",
@@ -33,9 +35,14 @@ __all__ = [
     "Run",
     "RunHeader",
     "RunWriter",
+    "SceneCapture",
+    "SceneView",
     "Series",
     "SeriesStats",
+    "Snapshot",
     "TensorBoardSink",
+    "alpha_numbers",
+    "capture",
     "check_output",
     "collect_environment",
     "incident_folder",

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from bifusion_diag.record import codec
+from bifusion_diag.record.scene_files import snapshots_from, snapshots_to
 from bifusion_diag.record.schema import (
     SCHEMA_VERSION,
     STATUSES,
@@ -91,6 +92,7 @@ def to_document(run: Run) -> dict[str, Any]:
         "events": [event_to(event) for event in run.events],
         "events_dropped": run.events_dropped,
         "measures": codec.encode(run.measures),
+        **({"snapshots": snapshots_to(run.snapshots)} if run.snapshots else {}),
     }
 
 
@@ -113,6 +115,7 @@ def from_document(document: dict[str, Any]) -> Run:
         events=[event_from(event) for event in document["events"]],
         measures=codec.decode(document["measures"]),
         events_dropped=document["events_dropped"],
+        snapshots=snapshots_from(document["snapshots"]) if "snapshots" in document else (),  # since version 2.1
     )
 
 

@@ -21,6 +21,7 @@ from bifusion_diag.record.append import AppendFile
 from bifusion_diag.record.blocks import Block, BlockStream
 from bifusion_diag.record.document import KIND, event_to, header_to
 from bifusion_diag.record.reader import EVENTS_FILE, HEADER_FILE, RESUME, file_number
+from bifusion_diag.record.scene_files import SCENES_FILE, resume_line
 from bifusion_diag.record.schema import SCHEMA_VERSION, Event, Floats, Ints, RunHeader
 from bifusion_diag.record.tensorboard import TensorBoardSink
 
@@ -91,6 +92,8 @@ class RecordFiles:
         if resume_at is not None:
             event = Event(resume_at, RESUME, f"resumed at step {resume_at}", {"files": self._next()})
             self._events.write(event_line(event))
+            if (folder / SCENES_FILE).exists():
+                self._append_scene(resume_line(resume_at))
 
     def rows(self, rows: Rows) -> None:
         """Append rows."""
@@ -169,6 +172,22 @@ class RecordFiles:
             self._fail(self.folder / EVENTS_FILE, error)
         else:
             self._unwritten = []
+
+    def scene(self, line: bytes) -> None:
+        """Append a snapshot, as :func:`snapshot_line` gives it. Where that fails, it is lost."""
+        try:
+            self.check()
+            self._append_scene(line)
+        except OSError as error:
+            self._fail(self.folder / SCENES_FILE, error)
+
+    def _append_scene(self, line: bytes) -> None:
+        """Few and far between: the file is not kept open."""
+        file = AppendFile(self.folder / SCENES_FILE)
+        try:
+            file.write(b"\n" + line if file.size else line)  # ends a line that a killed run may have cut off
+        finally:
+            file.close()
 
     def lose(self, steps: Sequence[int], reason: str) -> None:
         """Count rows that are not recorded."""

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from bifusion_diag.record import codec
 from bifusion_diag.record.blocks import Block, BlockFile
 from bifusion_diag.record.document import check_version, event_from, header_from
+from bifusion_diag.record.scene_files import read_snapshots
+from bifusion_diag.record.scenes import Snapshot
 from bifusion_diag.record.schema import Event, Floats, Ints, RecordError, RunHeader
 
 HEADER_FILE = "header.json"
@@ -125,6 +127,10 @@ class RecordReader:
         """Events of the run, and one for every block that was cut off."""
         lost = [Event(None, "record", f"the last block of {name} was cut off and left out") for name in self.truncated]
         return read_events(self.folder) + lost
+
+    def snapshots(self) -> tuple[Snapshot, ...]:
+        """α of a scene at a few moments of the run."""
+        return read_snapshots(self.folder)
 
     def columns(self, names: Sequence[str]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Whole series, every recorded step.

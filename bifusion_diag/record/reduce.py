@@ -9,6 +9,7 @@ so many series that no buckets fit, only the statistics are kept, and of still m
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from bifusion_diag.record import codec
 from bifusion_diag.record.document import to_document
 from bifusion_diag.record.reader import RecordReader
+from bifusion_diag.record.scene_files import snapshots_to
 from bifusion_diag.record.schema import FINGERPRINT, Event, Floats, Histogram, Ints, Run, Series, SeriesStats
 
 MAX_BYTES = 5_000_000  # of run.json
@@ -44,9 +46,10 @@ def reduce_record(reader: RecordReader) -> tuple[Run, str]:
     Returns:
         The run, and its run.json text of at most MAX_BYTES bytes.
     """
-    shrink = 1.0
+    snapshots = reader.snapshots()
+    shrink = 1.0 - len(codec.dumps(snapshots_to(snapshots))) / MAX_BYTES if snapshots else 1.0
     while True:
-        run = _reduce(reader, shrink)
+        run = replace(_reduce(reader, shrink), snapshots=snapshots)
         text = codec.dumps(to_document(run))
         size = len(text.encode("utf-8"))
         if size <= MAX_BYTES or shrink < 1e-3:

@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bifusion_diag.errors import UserError
+from bifusion_diag.record.scenes import Snapshot
 
-SCHEMA_VERSION = "2.0"
+SCHEMA_VERSION = "2.1"
 FINGERPRINT = "fingerprint"  # kind of the event with a digest of the weights; data: done (steps), weights
 STATUSES = ("running", "completed", "interrupted", "failed")
 UNITS = {"throughput/*_seconds": "s", "throughput/*_mib": "MiB"}  # of the probes' series, where the run states no other
@@ -223,6 +224,7 @@ class Run:
     measures: dict[str, Any]  # computed at full resolution when the run ended
     events_dropped: int = 0  # events beyond those kept
     incident_files: Mapping[int, IncidentFiles] = field(default_factory=dict)  # by step
+    snapshots: tuple[Snapshot, ...] = ()  # α of a scene at a few moments, in their order
 
     def series(self, name: str) -> Series | None:
         """The series of that name, None where it was not recorded."""

@@ -21,6 +21,8 @@ from bifusion_diag.record.document import KIND
 from bifusion_diag.record.files import HistogramRows, RecordFiles, Rows, event_line
 from bifusion_diag.record.reader import HEADER_FILE, RecordReader, read_state
 from bifusion_diag.record.reduce import reduce_record
+from bifusion_diag.record.scene_files import snapshot_line
+from bifusion_diag.record.scenes import Snapshot
 from bifusion_diag.record.schema import STATUSES, Event, ModuleInfo, RecordError, RunHeader
 from bifusion_diag.record.tensorboard import TensorBoardSink
 
@@ -195,6 +197,12 @@ class RunWriter:
         self._surface()
         line = event_line(Event(step, kind, message, data))
         self._thread.put(lambda: self._files.event(line), len(line), small=True)
+
+    def snapshot(self, snapshot: Snapshot) -> None:
+        """Record α of a scene at a moment of the run."""
+        self._surface()
+        line = snapshot_line(snapshot)
+        self._thread.put(lambda: self._files.scene(line), len(line), small=True)
 
     def set_modules(self, modules: Sequence[ModuleInfo]) -> None:
         """Record the modules' execution order, known only after the first forward."""

@@ -102,7 +102,7 @@ class Evaluator:
         self.semantic_classes = settings.model.decoder.semantic_classes
         data = settings.data
         self._drawn = {"image_size": [data.image_width, data.image_height], "drawn_for": data.max_points}
-        self._crop = settings.data.model_copy(update={"max_points": self.max_points, "crop_size": 1e9})
+        self._settings = settings
 
     def provenance(self) -> dict[str, Any]:
         """What is evaluated on, for the run record: all that decides which points and labels these are."""
@@ -170,11 +170,18 @@ class Evaluator:
 
     def _batch(self, index: int) -> Batch | None:
         """A scene on its own, None where it has no point."""
-        scene = self.source[index]
-        if not np.isfinite(scene.points[:, :3]).all(axis=1).any():
-            return None
-        scene = crop_scene(scene, self._crop, np.random.default_rng([_POINTS_STREAM, index]))
-        return collate([scene], [scene.points[:, :3]])
+        return scene_alone(self.source, index, self._settings, self.max_points)
+
+
+def scene_alone(source: SceneSource, index: int, settings: Settings, max_points: int) -> Batch | None:
+    """A whole scene as a batch of its own, not augmented: at most so many of its points, the same every time. None
+    where it has no point."""
+    scene = source[index]
+    if not np.isfinite(scene.points[:, :3]).all(axis=1).any():
+        return None
+    whole = settings.data.model_copy(update={"max_points": max_points, "crop_size": 1e9})
+    scene = crop_scene(scene, whole, np.random.default_rng([_POINTS_STREAM, index]))
+    return collate([scene], [scene.points[:, :3]])
 
 
 def _masks(settings: Settings) -> str:

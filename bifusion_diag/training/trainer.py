@@ -25,6 +25,7 @@ from bifusion_diag.model.build import build_model
 from bifusion_diag.model.checkpoints import load_weights
 from bifusion_diag.probes import Monitor, probe_preset
 from bifusion_diag.probes.base import Schedule
+from bifusion_diag.probes.gate import GateProbe
 from bifusion_diag.probes.losses import LossesProbe
 from bifusion_diag.probes.ranks import agree, own_rank, world_size
 from bifusion_diag.record import (
@@ -54,6 +55,7 @@ from bifusion_diag.training.faults import Faults
 from bifusion_diag.training.fingerprint import weights_digest
 from bifusion_diag.training.optim import build_optimizer, clip_gradient, learning_rate, set_learning_rate
 from bifusion_diag.training.progress import ProgressDisplay
+from bifusion_diag.training.scene import SceneSnapshots
 from bifusion_diag.training.signals import StopRequest, stop_on_signals
 from bifusion_diag.training.stages import StageSwitch, stages_of
 
@@ -235,6 +237,10 @@ class Trainer:
             shutil.rmtree(incident_folder(out), ignore_errors=True)
         self.writer = RunWriter(out, header, resume_at=resume_at, tensorboard=tensorboard, **part)
         self.monitor = Monitor(self.model, self.optimizer, instruments, writer=self.writer, recorder=self.recorder)
+        self.snapshots: SceneSnapshots | None = None
+        if again is None and own_rank() == 0 and any(isinstance(probe, GateProbe) for probe in instruments):
+            validation_scenes = None if self.evaluator is None else self.evaluator.source
+            self.snapshots = SceneSnapshots(settings, self.model, self.device, self.writer, source, validation_scenes)
 
     def _make_recorder(self) -> FlightRecorder:
         incidents = self.settings.incidents
@@ -279,6 +285,8 @@ class Trainer:
                     measured = self._evaluated(done, display) if self._evaluates_before(done) else {}
                     if self.stop.requested:
                         break
+                    if self.snapshots is not None:
+                        self.snapshots.before(done)
                     try:
                         self._step(done, display)
                     except BadStepError as error:
@@ -294,6 +302,8 @@ class Trainer:
                     self._fingerprint(done)
                     if training.checkpoint_every and done % training.checkpoint_every == 0 and done < training.steps:
                         self._save(done)
+            if self.snapshots is not None:
+                self.snapshots.end(done)
             if self.stop.requested:
                 last = done - 1 if done else None
                 where = f" on {_name_of(self.stop.ranks)}" if self.stop.ranks else ""

@@ -434,8 +434,8 @@ def test_bad_files_say_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="not a run record"):
         load_run(damage(bad, "[1, 2]"))
     with pytest.raises(RecordError, match=r"schema version 3\.0.*reads 2\.x.*Update"):
-        load_run(damage(bad, text.replace('"schema_version":"2.0"', '"schema_version":"3.0"')))
-    assert load_run(damage(bad, text.replace('"schema_version":"2.0"', '"schema_version":"2.7"'))).names() == ["a"]
+        load_run(damage(bad, text.replace('"schema_version":"2.1"', '"schema_version":"3.0"')))
+    assert load_run(damage(bad, text.replace('"schema_version":"2.1"', '"schema_version":"2.7"'))).names() == ["a"]
     document = json.loads(text)
     for key in document.keys() - {"kind", "schema_version"}:
         with pytest.raises(RecordError, match="damaged"):

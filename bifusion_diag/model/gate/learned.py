@@ -41,10 +41,14 @@ class LearnedGate(nn.Module):
         """Logits of α, (N, 1); the arguments are those of :meth:`forward`."""
         raise NotImplementedError
 
+    def released_at(self, total_steps: int) -> int:
+        """The first step after the early phase."""
+        at_least = 1 if self.early_share > 0 and total_steps > 1 else 0  # a short run visits the phase too
+        return max(at_least, round(self.early_share * total_steps))
+
     def set_progress(self, step: int, total_steps: int) -> None:
         """Enter or leave the early phase; ``requires_grad`` is only written when that changes."""
-        at_least = 1 if self.early_share > 0 and total_steps > 1 else 0  # a short run visits the phase too
-        early = step < max(at_least, round(self.early_share * total_steps))
+        early = step < self.released_at(total_steps)
         if early != self.early:
             for part in self.children():
                 if part is not self.channel:
