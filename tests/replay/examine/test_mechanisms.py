@@ -348,6 +348,33 @@ class _Wrong(torch.autograd.Function):
         return gradient * 1e4
 
 
+class _Undefined(torch.autograd.Function):
+    """The identity, with a backward that divides one element by zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        scale = torch.ones_like(gradient)
+        scale[0, 0] = 0
+        return gradient * scale / scale
+
+
+def _naive_softmax(x: Tensor) -> Tensor:
+    """Overflows, and beside it a mask of −∞, as attention has."""
+    raised = torch.exp(torch.where(torch.arange(16) < 3, -torch.inf, x * 1e4))
+    return x * (raised / raised.sum(1, keepdim=True))
+
+
+def _mean_of_the_counted(x: Tensor) -> Tensor:
+    """A mean of each row's chosen features, of which the first row has none."""
+    chosen = torch.ones(len(x), 16, dtype=torch.bool)
+    chosen[0] = False
+    return x + ((x * chosen).sum(1) / chosen.sum(1))[:, None]
+
+
 @pytest.mark.parametrize(
     ("mechanism", "change"),
     [
@@ -360,6 +387,9 @@ class _Wrong(torch.autograd.Function):
         ("normalise-near-zero", lambda x: x + F.normalize(x - x.detach(), dim=1)),
         ("inverse-trig-edge", lambda x: x + torch.acos((x - x.detach()) + 1)),
         ("custom-function", _Wrong.apply),
+        ("custom-function", _Undefined.apply),
+        ("exp-overflow", _naive_softmax),
+        ("empty-selection", _mean_of_the_counted),
         ("module-output-jump", lambda x: x * 1e5),
         ("detached", lambda x: x.detach()),
         ("dead-units", lambda x: x * 0),
@@ -404,6 +434,35 @@ def test_a_loss_term_that_jumps() -> None:
     assert incident.samples == ()
     assert incident.cause is not None
     assert (incident.cause.module, incident.cause.direction) == (None, "loss")
+
+
+class _WithLosses(Net):
+    """A model that computes its losses in its own forward, as many do."""
+
+    factor = 1.0
+
+    def forward(self, x: Tensor, label: Tensor, y: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        logits, value = super().forward(x)
+        return {"class": F.cross_entropy(logits, label), "value": F.mse_loss(value, y) * self.factor}
+
+
+def test_a_loss_that_the_model_computes_itself() -> None:
+    class Inside(Loop):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = _WithLosses()
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-2)
+
+        def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+            return self.model(batch["x"], batch["label"], batch["y"])
+
+    def edit(loop: Loop) -> None:
+        loop.model.factor = 1e4  # type: ignore[assignment]
+
+    incident = only(Inside().run(edit))
+    assert incident.mechanism == "loss-term-jump"
+    assert incident.terms == ("value",)
+    assert "the model's own forward" in incident.explanation
 
 
 def test_one_outlier_and_one_wrong_target() -> None:
