@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from bifusion_diag.diagnosis.phrase import say
 from bifusion_diag.record.schema import Event, IncidentFiles, Run
 
 UNKNOWN = "unknown"
@@ -108,8 +109,8 @@ class RecordedIncident:
     def heading(self) -> str:
         """The title and where it began."""
         if self.module is not None and self.module != _ROOT:
-            return f"{self.title} ({self.module})"
-        return f"{self.title} (loss term {self.terms[0]})" if self.terms else self.title
+            return say("{title} ({place})", title=self.title, place=self.module)
+        return say("{title} (loss term {term})", title=self.title, term=self.terms[0]) if self.terms else self.title
 
     @property
     def place(self) -> str:
@@ -117,7 +118,7 @@ class RecordedIncident:
         if self.module is not None:
             return "the model itself" if self.module == _ROOT else self.module
         if self.terms and self.direction != "data":
-            return f"loss term {self.terms[0]}"
+            return say("loss term {term}", term=self.terms[0])
         return _PARTS.get(self.direction, self.direction) or "a place that was not found"
 
 
@@ -136,6 +137,7 @@ def _read(event: Event, step: int, stored: Mapping[str, Any], files: IncidentFil
     samples = [sample for sample in _list(stored.get("samples")) if isinstance(sample, Mapping)]
     trigger = next((_mapping(trigger) for trigger in _list(stored.get("triggers"))), {})
     where = [found for key in ("module", "term", "parameter") if (found := _text(trigger.get(key)))]
+    alarm = _text(trigger.get("kind")).replace("-", " ")
     kind, mechanism = _text(stored.get("kind")) or event.kind, _text(stored.get("mechanism")) or UNKNOWN
     words = (kind if mechanism == UNKNOWN else mechanism).replace("-", " ")
     identical, capsule = again.get("identical"), stored.get("capsule")
@@ -144,7 +146,9 @@ def _read(event: Event, step: int, stored: Mapping[str, Any], files: IncidentFil
         family=event.kind,
         kind=kind,
         message=_text(event.message),
-        alarm=" of ".join(filter(None, (_text(trigger.get("kind")).replace("-", " "), *where[:1]))),
+        alarm=say("{alarm} of {place}", alarm=alarm, place=where[0])
+        if alarm and where
+        else "".join([alarm, *where[:1]]),
         value=_finite(trigger.get("value")),
         limit=_finite(trigger.get("limit")),
         module=_text(cause.get("module")) or None,
@@ -154,7 +158,7 @@ def _read(event: Event, step: int, stored: Mapping[str, Any], files: IncidentFil
         terms=tuple(_text(str(term)) for term in _list(stored.get("terms"))),
         samples=tuple(
             GuiltySample(
-                _text(sample.get("name")) or f"sample {sample.get('index')}",
+                _text(sample.get("name")) or say("sample {index}", index=str(sample.get("index"))),
                 _text(sample.get("why")),
                 tuple(_text(str(note)) for note in _list(sample.get("notes"))),
             )

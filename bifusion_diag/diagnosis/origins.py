@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bifusion_diag.diagnosis.names import is_exact, loss_terms, table
+from bifusion_diag.diagnosis.phrase import say
 from bifusion_diag.diagnosis.spikes import FACTOR, MIN_PREVIOUS, WINDOW
 from bifusion_diag.record.schema import Run
 
@@ -49,7 +50,9 @@ class Origin:
         """The loss term or module that it starts in, in words; None where unknown."""
         if self.terms:
             *first, last = self.terms
-            return f"loss terms {', '.join(first)} and {last}" if first else f"loss term {last}"
+            if not first:
+                return say("loss term {term}", term=last)
+            return say("loss terms {first} and {last}", first=", ".join(first), last=last)
         return self.module
 
 

@@ -11,8 +11,10 @@ from bifusion_diag.diagnosis.findings import Context, Evidence, Finding
 from bifusion_diag.diagnosis.measures import LISTED_STEPS
 from bifusion_diag.diagnosis.names import NORM, TOTAL
 from bifusion_diag.diagnosis.origins import Origin, most_common_place
+from bifusion_diag.diagnosis.phrase import join, say
 from bifusion_diag.diagnosis.quantity import NotMeasured, Quantity, Reading
 from bifusion_diag.diagnosis.rules.projection import LETS_THROUGH, SANITIZE
+from bifusion_diag.diagnosis.rules.series import smoothed_note, smoothing_of
 from bifusion_diag.diagnosis.spikes import FACTOR, WINDOW
 
 LOSS_FACTOR = 1.5  # a loss above so many times its median of the steps before has risen
@@ -21,7 +23,7 @@ LOSS_FACTOR = 1.5  # a loss above so many times its median of the steps before h
 def nonfinite_loss(context: Context) -> list[Finding] | NotMeasured:
     """A loss term is NaN or infinite: one finding a term."""
     if context.run.series(TOTAL) is None:
-        return NotMeasured(f"{TOTAL} was not recorded")
+        return NotMeasured(say("{series} was not recorded", series=TOTAL))
     if (untraced := _untraced(context)) is not None:
         return untraced
     findings = []
@@ -32,12 +34,15 @@ def nonfinite_loss(context: Context) -> list[Finding] | NotMeasured:
             remedy = {"losses.instance.empty_match": "zero"}
         elif context.settings.get(SANITIZE) in LETS_THROUGH and _mostly_badly_projected(context, steps):
             remedy = {SANITIZE: "strict"}
+        mechanism: str
         known = [finite for origin in steps if (finite := _is_finite(context, NORM, origin.step)) is not None]
         finite_norm = sum(known)
         if finite_norm:
-            mechanism = (
-                f"At {finite_norm} of {len(known)} steps every gradient is finite all the same: the term is averaged "
-                "over nothing or is cut off from the weights, and skipping the step would throw good gradients away."
+            mechanism = say(
+                "At {n} of {m} steps every gradient is finite all the same: the term is averaged over nothing or is "
+                "cut off from the weights, and skipping the step would throw good gradients away.",
+                n=finite_norm,
+                m=len(known),
             )
         elif known:
             mechanism = "The gradient norm is non-finite at the same steps: the term reaches the weights."
@@ -50,12 +55,12 @@ def nonfinite_loss(context: Context) -> list[Finding] | NotMeasured:
             Finding(
                 "nonfinite-loss",
                 "error",
-                f"Loss term {term} is non-finite",
+                say("Loss term {term} is non-finite", term=term),
                 (
                     *_steps_evidence(context, steps, f"loss/{term}/raw"),
                     Evidence("of these with a finite gradient norm", with_finite, NORM),
                 ),
-                mechanism,
+                join([mechanism, smoothed_note(context.run) or ""]),
                 *_extent(steps),
                 term=term,
                 samples=steps[0].scenes,
@@ -69,14 +74,16 @@ def nonfinite_gradient(context: Context) -> list[Finding] | NotMeasured:
     """The loss is finite and the gradient is not: one finding a module where it starts."""
     norm = context.run.series(NORM)
     if norm is None:
-        return NotMeasured(f"{NORM} was not recorded")
+        return NotMeasured(say("{series} was not recorded", series=NORM))
     if (untraced := _untraced(context)) is not None:
         return untraced
     started = [origin for origin in context.origins if origin.kind == "non-finite" and not origin.terms]
     findings = []
     for module in dict.fromkeys(origin.module for origin in started):
         steps = [origin for origin in started if origin.module == module]
-        place = f"in {module}" if module else "in a place that the record does not show (probe grads tells)"
+        title: str = "Non-finite gradient with a finite loss, first in a place that the record does not show"
+        if module:
+            title = say("Non-finite gradient with a finite loss, first in {module}", module=module)
         remedy = None
         if context.settings.get(SANITIZE) in LETS_THROUGH and _mostly_badly_projected(context, steps):
             remedy = {SANITIZE: "strict"}
@@ -84,10 +91,17 @@ def nonfinite_gradient(context: Context) -> list[Finding] | NotMeasured:
             Finding(
                 "nonfinite-gradient",
                 "error",
-                f"Non-finite gradient with a finite loss, first {place}",
+                title,
                 _steps_evidence(context, steps, NORM),
-                "It arises in the backward pass. One non-finite element makes the total norm non-finite; clipping by "
-                "that norm then spreads it to every gradient, and an optimiser step to every weight.",
+                join(
+                    [
+                        "It arises in the backward pass. One non-finite element makes the total norm non-finite; "
+                        "clipping by that norm then spreads it to every gradient, and an optimiser step to every "
+                        "weight.",
+                        "" if module else "Probe grads tells the place.",
+                        smoothed_note(context.run) or "",
+                    ]
+                ),
                 *_extent(steps),
                 module=module,
                 samples=steps[0].scenes,
@@ -102,32 +116,41 @@ def gradient_spike(context: Context) -> list[Finding] | NotMeasured:
     if isinstance(reading := context.reading("spikes"), NotMeasured):
         return reading
     steps = [origin for origin in context.origins if origin.kind == "spike"]
+    if not steps and (window := smoothing_of(context.run)) > 1:
+        return NotMeasured(say("the norms are means over {window} steps: a spike of one may not show", window=window))
     if not steps:
         return []
     place = most_common_place(steps)
     evidence = _steps_evidence(context, steps, NORM)
-    mechanism = _loss_at_spikes(context, [origin.step for origin in steps])
+    mechanism = [_loss_at_spikes(context, [origin.step for origin in steps])]
     module = None
     if place is not None:
         module, count = place
         growths = [origin.growth or 0.0 for origin in steps if origin.module == module]
         growth = max(growths)
-        evidence += (Evidence(f"largest growth in {module}", Quantity(growth, "×"), f"grads/{module}/param_norm"),)
-        what = (
-            "the first module of the backward pass whose gradient jumps"
-            if min(growths) > FACTOR
-            else "the first module of the backward pass whose gradient jumps, or the one whose gradient grew most"
-            if growth > FACTOR
-            else f"the module whose gradient grew most; no module's grew more than {FACTOR:g} ×"
+        evidence += (
+            Evidence(
+                say("largest growth in {module}", module=module), Quantity(growth, "×"), f"grads/{module}/param_norm"
+            ),
         )
-        mechanism += f" At {count} of {len(steps)}, {module} is {what}."
+        what = (
+            "At {count} of {all}, {module} is the first module of the backward pass whose gradient jumps."
+            if min(growths) > FACTOR
+            else "At {count} of {all}, {module} is the first module of the backward pass whose gradient jumps, or the "
+            "one whose gradient grew most."
+            if growth > FACTOR
+            else "At {count} of {all}, {module} is the module whose gradient grew most; no module's grew more than "
+            "{factor} ×."
+        )
+        mechanism.append(say(what, count=count, all=len(steps), module=module, factor=f"{FACTOR:g}"))
+    mechanism.append(smoothed_note(context.run) or "")
     return [
         Finding(
             "gradient-spike",
             "warning",
             "The gradient norm jumps",
             evidence,
-            mechanism.strip(),
+            join(mechanism),
             *_extent(steps),
             module=module,
             samples=steps[0].scenes,
@@ -169,9 +192,13 @@ def _loss_at_spikes(context: Context, steps: Sequence[int]) -> str:
         risen += bool(before.size and total.value[place] > LOSS_FACTOR * np.median(before))
     if not risen:
         return "The loss is finite at these steps and does not rise with the gradient norm."
-    return (
-        f"The loss is finite at these steps; at {risen} of {len(steps)} it rises too, to more than {LOSS_FACTOR:g} × "
-        f"its median of the {WINDOW} steps before."
+    return say(
+        "The loss is finite at these steps; at {risen} of {all} it rises too, to more than {factor} × its median of "
+        "the {window} steps before.",
+        risen=risen,
+        all=len(steps),
+        factor=f"{LOSS_FACTOR:g}",
+        window=WINDOW,
     )
 
 
@@ -189,7 +216,8 @@ def _extent(origins: Sequence[Origin]) -> tuple[tuple[int, int], int]:
 def _steps_evidence(context: Context, origins: Sequence[Origin], series: str) -> tuple[Evidence, ...]:
     measures = context.measures
     all_listed = max(len(measures.nonfinite), len(measures.spikes)) < LISTED_STEPS
-    label = "steps" if all_listed else f"steps, of the {len(measures.origins)} bad ones that were traced"
+    traced = len(measures.origins)
+    label = "steps" if all_listed else say("steps, of the {traced} bad ones that were traced", traced=traced)
     return (
         Evidence(label, Quantity(len(origins), "steps"), series),
         Evidence("first step", Quantity(origins[0].step, "step"), series),

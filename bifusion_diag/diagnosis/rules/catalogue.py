@@ -12,20 +12,31 @@ from bifusion_diag.diagnosis.rules.counts import (
     labels_out_of_range,
     nonfinite_output,
 )
+from bifusion_diag.diagnosis.rules.drift import drifting_gradients
 from bifusion_diag.diagnosis.rules.gate import alpha_out_of_band, alpha_stuck, gate_saturated
 from bifusion_diag.diagnosis.rules.incidents import incident_findings
-from bifusion_diag.diagnosis.rules.optimiser import clipping_always_on
+from bifusion_diag.diagnosis.rules.inside import dead_units, exploding_module, nonfinite_weight, vanishing_gradients
+from bifusion_diag.diagnosis.rules.learning import loss_divergence, nothing_learned
+from bifusion_diag.diagnosis.rules.optimiser import amp_scale_collapse, clipping_always_on, update_ratio_off
 from bifusion_diag.diagnosis.rules.projection import low_valid_share, projection_nonfinite
-from bifusion_diag.diagnosis.rules.terms import dominant_term
+from bifusion_diag.diagnosis.rules.terms import conflicting_terms, dominant_term
 
 RULES: tuple[Rule, ...] = (
     Rule("incident", "Bad steps taken apart", incident_findings),
     # bad steps
     Rule("nonfinite-loss", "Non-finite loss", nonfinite_loss, ("losses",)),
     Rule("nonfinite-gradient", "Non-finite gradient", nonfinite_gradient, ("grads",)),
+    Rule("nonfinite-weight", "Non-finite weights", nonfinite_weight, ("weights",)),
     Rule("gradient-spike", "Spikes of the gradient norm", gradient_spike, ("grads",)),
+    # the long run
+    Rule("loss-divergence", "The loss diverges", loss_divergence, ("losses",)),
+    Rule("nothing-learned", "Nothing learned", nothing_learned, ("losses",)),
+    Rule("drifting-gradients", "Gradients drift upwards", drifting_gradients, ("grads",)),
     # inside the model
     Rule("nonfinite-output", "Non-finite output of a module", nonfinite_output, ("activations",)),
+    Rule("exploding-module", "A module explodes", exploding_module, ("grads", "activations")),
+    Rule("vanishing-gradients", "Gradients vanish", vanishing_gradients, ("grads",)),
+    Rule("dead-units", "Dead units", dead_units, ("activations",)),
     Rule("attention-masked-rows", "Attention rows without a key", attention_masked_rows, ("attention",)),
     Rule("empty-match", "Scenes without a matched query", empty_matches, ("matching",)),
     # data
@@ -35,6 +46,8 @@ RULES: tuple[Rule, ...] = (
     Rule("low-valid-share", "Low valid share", low_valid_share, ("projection",)),
     # optimiser
     Rule("clipping-always-on", "Clipping always on", clipping_always_on),
+    Rule("update-ratio-off", "Updates too long or too short", update_ratio_off, ("updates",)),
+    Rule("amp-scale-collapse", "The GradScaler's scale collapses", amp_scale_collapse, ("updates",)),
     # the fusion
     Rule("alpha-out-of-band", "Mean α outside its band", alpha_out_of_band, ("gate",)),
     Rule("alpha-stuck", "α stuck after the warm-up", alpha_stuck, ("gate",)),
@@ -42,5 +55,6 @@ RULES: tuple[Rule, ...] = (
     Rule("clip-out-of-range", "CLIP features out of range", clip_out_of_range, ("clip",)),
     Rule("scale-mismatch", "2D and 3D features differ in scale", scale_mismatch, ("clip",)),
     # loss terms
-    Rule("dominant-term", "One term dominates the loss", dominant_term, ("losses",)),
+    Rule("dominant-term", "One term dominates", dominant_term, ("losses", "loss_gradients")),
+    Rule("conflicting-terms", "Terms in conflict", conflicting_terms, ("loss_gradients",)),
 )

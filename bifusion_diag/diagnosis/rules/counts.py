@@ -6,7 +6,9 @@ import numpy as np
 
 from bifusion_diag.diagnosis.findings import Context, Evidence, Finding, Severity
 from bifusion_diag.diagnosis.instruments import matching, total
+from bifusion_diag.diagnosis.phrase import say
 from bifusion_diag.diagnosis.quantity import NotMeasured, Quantity
+from bifusion_diag.diagnosis.rules.series import innermost
 
 SHOWN_COUNTS = 5  # series that one finding names
 
@@ -24,11 +26,12 @@ def nonfinite_output(context: Context) -> list[Finding] | NotMeasured:
     order = {info.name: info.order for info in context.run.modules}
     at_once = [module for module, step in first.items() if step == begin]
     # A module that contains another one is entered before it and returns after it.
-    innermost = [name for name in at_once if not any(_inside(other, name) for other in at_once)]
-    module = min(innermost, key=lambda name: order.get(name, len(order)))
-    mechanism = (
-        f"Of the modules whose output is non-finite at step {begin}, {module} is the one that runs first, leaving out "
-        "those that only contain another. Where a module masks with infinity this is as it should be."
+    module = min(innermost(at_once), key=lambda name: order.get(name, len(order)))
+    mechanism = say(
+        "Of the modules whose output is non-finite at step {step}, {module} is the one that runs first, leaving out "
+        "those that only contain another. Where a module masks with infinity this is as it should be.",
+        step=begin,
+        module=module,
     )
     evidence = (
         Evidence("steps", Quantity(int((bad[module].max > 0).sum()), "steps"), bad[module].name)
@@ -36,12 +39,8 @@ def nonfinite_output(context: Context) -> list[Finding] | NotMeasured:
         else Evidence("steps", NotMeasured("the record is reduced"), bad[module].name),
         Evidence("modules with such an output", Quantity(len(bad), "modules"), bad[module].name),
     )
-    title = f"The output of {module} is NaN or infinite"
+    title = say("The output of {module} is NaN or infinite", module=module)
     return [Finding("nonfinite-output", "warning", title, evidence, mechanism, (begin, begin), module=module)]
-
-
-def _inside(module: str, container: str) -> bool:
-    return module != container and (container == "(root)" or module.startswith(f"{container}."))
 
 
 def labels_out_of_range(context: Context) -> list[Finding] | NotMeasured:
@@ -104,7 +103,8 @@ def _counted(
     steps = np.unique(np.concatenate([series.steps[series.max > 0] for series in bad.values()]))
     largest = sorted(bad, key=lambda name: -(total(bad[name].stats) or 0.0))[:SHOWN_COUNTS]
     evidence = tuple(
-        Evidence(f"{name}, over all steps", Quantity(total(bad[name].stats)), bad[name].name) for name in largest
+        Evidence(say("{name}, over all steps", name=name), Quantity(total(bad[name].stats)), bad[name].name)
+        for name in largest
     )
     if len(bad) > SHOWN_COUNTS:
         others = Quantity(len(bad) - SHOWN_COUNTS, "others")

@@ -10,6 +10,7 @@ from typing import Any
 from bifusion_diag.diagnosis.findings import SEVERITIES, Context, Evidence, Finding, Severity, worst_first
 from bifusion_diag.diagnosis.incidents import RecordedIncident
 from bifusion_diag.diagnosis.names import NORM
+from bifusion_diag.diagnosis.phrase import join, say
 from bifusion_diag.diagnosis.quantity import NotMeasured, Quantity
 
 PREFIX = "incident-"  # of these findings' rules; the mechanism's id follows
@@ -47,7 +48,7 @@ def incident_findings(context: Context) -> list[Finding] | NotMeasured:
         steps = [finding.steps for finding in rest if finding.steps is not None]
         count = sum(finding.count or 0 for finding in rest)
         evidence = Evidence("steps taken apart", Quantity(count, "steps"), NORM)
-        title = f"{len(rest)} more incidents of other kinds or in other places"
+        title = say("{n} more incidents of other kinds or in other places", n=len(rest))
         span = min(first for first, _ in steps), max(last for _, last in steps)
         others = Finding(
             f"{PREFIX}others", rest[0].severity, title, (evidence,), "The record has them all.", span, count
@@ -77,20 +78,22 @@ def _finding(context: Context, group: Sequence[RecordedIncident]) -> Finding:
         Evidence("first step", Quantity(first.step, "step"), NORM),
     ]
     if first.value is not None and first.limit is not None:
-        evidence.append(Evidence(first.alarm[:_LENGTH] or first.kind, Quantity(first.value), NORM))
+        evidence.append(Evidence(_short(first.alarm) or first.kind, Quantity(first.value), NORM))
         evidence.append(Evidence("the limit for it", Quantity(first.limit), NORM))
     evidence += [Evidence(label, Quantity(value), NORM) for label, value in _numbers(first)[:_NOTED]]
     again = sum(incident.identical is True for incident in group)
-    mechanism = first.explanation or f"{first.message}."
-    if again:
-        mechanism += f" {f'Step {first.step}' if count == 1 else f'{again} of {count} steps'} ran again bit for bit."
+    told = [first.explanation or say("{message}.", message=first.message)]
+    if again and count == 1:
+        told.append(say("Step {step} ran again bit for bit.", step=first.step))
+    elif again:
+        told.append(say("{again} of {count} steps ran again bit for bit.", again=again, count=count))
     remedy, tried = _remedy(context, group)
     return Finding(
         PREFIX + (first.mechanism if first.explained else first.kind),
         _severity(context, group),
         first.heading,
         tuple(evidence),
-        mechanism + tried,
+        join([*told, tried]),
         (first.step, last.step),
         count,
         module=first.module,
@@ -101,9 +104,14 @@ def _finding(context: Context, group: Sequence[RecordedIncident]) -> Finding:
     )
 
 
+def _short(text: str) -> str:
+    """A label of at most so many letters; cut, it cannot be said in another language."""
+    return text if len(text) <= _LENGTH else text[:_LENGTH]
+
+
 def _numbers(incident: RecordedIncident) -> list[tuple[str, float]]:
     return [
-        (label[:_LENGTH], float(value))
+        (_short(label), float(value))
         for label, value in incident.evidence.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not label.startswith(_COST)
         if abs(value) < math.inf
@@ -127,7 +135,12 @@ def _remedy(context: Context, group: Sequence[RecordedIncident]) -> tuple[Mappin
         for trial in incident.trials:
             patch = trial.get("patch")
             if isinstance(patch, Mapping) and patch and trial.get("helps") is True and not trial.get("code"):
-                how = f" Tried on step {incident.step}: {trial.get('name', 'this')}, {trial.get('result', 'it helps')}."
+                how = say(
+                    "Tried on step {step}: {name}, {result}.",
+                    step=incident.step,
+                    name=str(trial.get("name", "this")),
+                    result=str(trial.get("result", "it helps")),
+                )
                 return dict(patch), how
     for mechanism, key, values, cured in _CURES:
         if group[0].mechanism == mechanism and context.settings.get(key) in values:
@@ -146,14 +159,13 @@ def _joined(found: Finding, others: Sequence[Finding]) -> Finding:
     for other in others:
         assert found.steps is not None
         assert other.steps is not None
-        said = f" {other.title}{f' at {other.count} steps' if (other.count or 1) > 1 else ''}."
-        if other.remedy:
-            said += f" {other.mechanism}"
+        several = (other.count or 1) > 1
+        said = say("{title} at {count} steps." if several else "{title}.", title=other.title, count=other.count)
         found = dataclasses.replace(
             found,
             severity=min(found.severity, other.severity, key=SEVERITIES.index),
             evidence=(*found.evidence, *(one for one in other.evidence if one.label != "steps")),
-            mechanism=found.mechanism + said,
+            mechanism=join([found.mechanism, said, other.mechanism if other.remedy else ""]),
             steps=(min(found.steps[0], other.steps[0]), max(found.steps[1], other.steps[1])),
             count=max(found.count or 1, other.count or 1),
             remedy=found.remedy or other.remedy,
