@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -19,7 +18,7 @@ from bifusion_diag.diagnosis.findings import Context, Finding, Unmeasured, apply
 from bifusion_diag.diagnosis.incidents import incidents_of
 from bifusion_diag.diagnosis.measures import Measures, smoothing_of
 from bifusion_diag.diagnosis.modules import ModuleGradient, ModulePair, module_gradients, pair_modules
-from bifusion_diag.diagnosis.names import is_exact
+from bifusion_diag.diagnosis.names import display_name, is_exact
 from bifusion_diag.diagnosis.parting import Parting, find_partings, first_loss_difference
 from bifusion_diag.diagnosis.phrase import join, say
 from bifusion_diag.diagnosis.quantity import NotMeasured, Quantity, Reading, number
@@ -33,8 +32,6 @@ from bifusion_diag.diagnosis.validation import common_evaluation, same_validatio
 from bifusion_diag.diagnosis.verdict import Verdict, ending_of, judge_pair, judge_run, with_ending
 from bifusion_diag.errors import UserError
 from bifusion_diag.record.schema import Run
-
-NAME_LENGTH = 64  # characters of a name in sentences and tables
 
 
 @dataclass(frozen=True)
@@ -220,17 +217,6 @@ def assess_part(
         modules=module_gradients(part if part.names("grads/") else run),
         verdict=with_ending(judge_run(name, measures, steps, findings, thresholds, context.incidents), run),
     )
-
-
-def display_name(run: Run) -> str:
-    """The run's name on one line, without control characters (they could reorder the text around it), cut if long."""
-    name = "".join(
-        " " if letter.isspace() else letter
-        for letter in run.header.name
-        if letter.isspace() or unicodedata.category(letter) not in ("Cc", "Cf", "Cs")
-    )
-    name = " ".join(name.split())
-    return name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH // 2]}…{name[-NAME_LENGTH // 2 + 1 :]}"
 
 
 def distinct_names(runs: Sequence[Run], words: Sequence[str]) -> tuple[str, ...]:

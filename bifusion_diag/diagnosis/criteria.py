@@ -19,6 +19,7 @@ from bifusion_diag.record.schema import Run
 CLEAN_EPOCHS = 20
 GRAD_NORM_LIMIT = 3.0
 ALPHA_BAND = (0.3, 0.7)
+CRITERIA = ("clean_epochs", "grad_norm", "no_jump", "alpha", "miou")
 WARM_UP_SHARE = 3000 / 33_000  # document 003: stage S0 is 3,000 of 33,000 steps
 
 

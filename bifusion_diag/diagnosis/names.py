@@ -1,7 +1,8 @@
-"""Names of the recorded series that diagnosis reads, and how to read them step by step."""
+"""Names of runs and of the recorded series that diagnosis reads, and how to read these step by step."""
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -15,6 +16,18 @@ COEFFICIENT = "train/clip_coefficient"
 MIOU = "eval/miou"
 AP50 = "eval/ap50"
 CLIP_PLACES = ("tokens", "head", "points")
+NAME_LENGTH = 64  # characters of a run's name in sentences and tables
+
+
+def display_name(run: Run) -> str:
+    """The run's name on one line, without control characters (they could reorder the text around it), cut if long."""
+    name = "".join(
+        " " if letter.isspace() else letter
+        for letter in run.header.name
+        if letter.isspace() or unicodedata.category(letter) not in ("Cc", "Cf", "Cs")
+    )
+    name = " ".join(name.split())
+    return name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH // 2]}…{name[-NAME_LENGTH // 2 + 1 :]}"
 
 
 def loss_terms(run: Run, suffix: str = "raw") -> dict[str, str]:
