@@ -18,7 +18,7 @@ from bifusion_diag.diagnosis.instruments import instrument_measures
 from bifusion_diag.diagnosis.measures import Measures, measure, measures_to_dict
 from bifusion_diag.diagnosis.names import is_exact, names_by_module
 from bifusion_diag.diagnosis.origins import rows_needed
-from bifusion_diag.record.load import load_run, resolve_run
+from bifusion_diag.record.load import load_run, open_record, resolve_run
 from bifusion_diag.record.reader import RecordReader
 from bifusion_diag.record.schema import Run, Series
 
@@ -82,6 +82,5 @@ def load_measured(path: Path | str) -> Run:
     """
     path = resolve_run(path)
     run = load_run(path)
-    if is_exact(run) or not path.is_dir():
-        return run
-    return dataclasses.replace(run, measures=measures_to_dict(measure_record(RecordReader(path))))
+    record = None if is_exact(run) else open_record(path)
+    return run if record is None else dataclasses.replace(run, measures=measures_to_dict(measure_record(record)))

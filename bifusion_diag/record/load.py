@@ -7,17 +7,21 @@ from pathlib import Path
 
 from bifusion_diag.record import codec
 from bifusion_diag.record.document import check_version, from_document
+from bifusion_diag.record.importers import ImportedRecord, kind_of, read_source
 from bifusion_diag.record.incidents import read_incident_files
 from bifusion_diag.record.reader import HEADER_FILE, RecordReader
 from bifusion_diag.record.reduce import reduce_record
 from bifusion_diag.record.schema import RecordError, Run
+
+OF_HOOKS = "bifusion-diag"  # the folder that our hooks and callbacks make in a framework's own
 
 
 def resolve_run(path: Path | str) -> Path:
     """What is to be read of a run: its run.json or, where there is none, its .record folder.
 
     Args:
-        path: a run.json, a .record folder, or a folder that holds a run.json or a run.record.
+        path: a run.json, a .record folder, or a folder that holds a run.json or a run.record, or that of a framework
+            with ours in it.
 
     Returns:
         The path itself where it is none of these: reading it says what is wrong.
@@ -28,6 +32,8 @@ def resolve_run(path: Path | str) -> Path:
             return path / "run.json"
         if (path / "run.record").is_dir():
             return path / "run.record"
+        if (path / OF_HOOKS).is_dir():  # a framework's folder, whose run was recorded by our hook
+            return resolve_run(path / OF_HOOKS)
     return path
 
 
@@ -36,19 +42,32 @@ def load_run(path: Path | str) -> Run:
 
     Args:
         path: a run.json, or the .record folder of a run that was killed before it could write one, or the folder that
-            holds a run.json or a run.record.
+            holds a run.json or a run.record. Else a log of another program (docs/import.md).
 
     Raises:
         RecordError: the file is missing, corrupt, not a run, or of a newer schema version.
     """
     path = resolve_run(path)
-    return replace(_read(path), incident_files=read_incident_files(path))
+    record = open_record(path)
+    run = reduce_record(record)[0] if record is not None else _read(path)
+    return run if isinstance(record, ImportedRecord) else replace(run, incident_files=read_incident_files(path))
+
+
+def open_record(path: Path) -> RecordReader | None:
+    """Whole series of a .record folder, or of another program's log; None of a run.json, which has none.
+
+    Args:
+        path: as :func:`resolve_run` gives it.
+
+    Raises:
+        RecordError: there is nothing to read.
+    """
+    if (path / HEADER_FILE).exists() or (path.is_dir() and path.suffix == ".record"):
+        return RecordReader(path)
+    return read_source(path) if path.is_dir() or (path.is_file() and kind_of(path) is not None) else None
 
 
 def _read(path: Path) -> Run:
-    if path.is_dir():
-        run, _ = reduce_record(RecordReader(path))
-        return run
     try:
         document = codec.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
