@@ -56,8 +56,8 @@ class Thresholds(BaseModel):
     )
     alike_features: Share = Field(
         0.95,
-        description="above this mean cosine of two points' features they have collapsed; healthy young runs have 0.35 to "
-        "0.55 (3D) and 0.4 to 0.8 (2D). As uniformity, -4 (1 - cos), this is -0.2",
+        description="above this mean cosine of two points' features they have collapsed; healthy young runs have 0.35 "
+        "to 0.55 (3D) and 0.4 to 0.8 (2D). As uniformity, -4 (1 - cos), this is -0.2",
     )
     flow_error: Positive = Field(
         0.01,
@@ -66,8 +66,8 @@ class Thresholds(BaseModel):
     )
     temperature_gain: Positive = Field(
         20.0,
-        description="above this slope of the alignment loss per pair its temperature is below 0.05; the documents' 0.07 "
-        "is bounded by 14.3, and that is no explosion",
+        description="above this slope of the alignment loss per pair its temperature is below 0.05; the documents' "
+        "0.07 is bounded by 14.3, and that is no explosion",
     )
     dominant_gradient: Share = Field(
         0.5, description="above this share of the gradient on shared weights one term has more than all others together"
@@ -79,8 +79,8 @@ class Thresholds(BaseModel):
     )
     captured_distance: Positive = Field(
         0.01,
-        description="[m] what is projected may be this far from the captured points; rounding is about 1e-6, the smallest "
-        "augmentation some centimetres",
+        description="[m] what is projected may be this far from the captured points; rounding is about 1e-6, the "
+        "smallest augmentation some centimetres",
     )
     background_low: Share = Field(
         0.2, description="below this share of the classification's weights the background hardly counts"
@@ -97,18 +97,17 @@ class Thresholds(BaseModel):
     far_depth: Positive = Field(
         20.0, description="[m] depth cameras read up to 10 m; 65.535 m is the mark of no reading in millimetres"
     )
-    few_points: Count = Field(
-        100, description="a scene with fewer points is a degenerate crop: some voxels at the coarsest level"
-    )
     schedule_distance: Count = Field(
         2, description="changes by plan that are at most so many steps apart fall on each other"
     )
     schedule_jump: Positive = Field(
-        3.0, description="medians of 10 steps after and before a change that differ by more are a jump; healthy swings "
-        "between single steps reach 6, their medians 2"
+        3.0,
+        description="medians of 10 steps after and before a change that differ by more are a jump; healthy swings "
+        "between single steps reach 6, their medians 2",
     )
     spent_rate: Share = Field(
-        0.05, description="below this share of its largest the learning rate is spent: what is released then stays as it is"
+        0.05,
+        description="below this share of its largest the learning rate is spent: what is released then stays as it is",
     )
     dominant_term: Share = Field(
         0.9,
@@ -178,8 +177,7 @@ class Thresholds(BaseModel):
     )
     few_points: Count = Field(
         100,
-        description="audit: a crop with fewer points is a handful of voxels; ScanNet's evaluation ignores objects that "
-        "small",
+        description="a crop with fewer points is a handful of voxels; ScanNet's evaluation ignores objects that small",
     )
     stage_steps: Count = Field(10, description="audit: AdamW's mean looks back over so many steps")
     release_rate: Share = Field(
@@ -194,7 +192,8 @@ class Thresholds(BaseModel):
         0.9, description="audit: above this share of points without a class little is taught"
     )
     steepest: Positive = Field(
-        15.0, description="audit: above this largest |dL/dcos| the alignment is steeper than with the documents' τ of 0.07"
+        15.0,
+        description="audit: above this largest |dL/dcos| the alignment is steeper than with the documents' τ of 0.07",
     )
     background_ratio: Positive = Field(
         1.5, description="audit: from this factor on a weight of 'no object' is another one than the baseline's"
@@ -205,7 +204,9 @@ class Thresholds(BaseModel):
         "by chance it is a few in a hundred",
     )
     expected_events: Positive = Field(
-        0.5, description="audit: what is expected more often than this in the planned steps is likely to happen"
+        0.05,
+        description="audit: a step that is expected more often than this in the whole run, once in 20 runs, is to be "
+        "reckoned with",
     )
 
 

@@ -122,7 +122,8 @@ def compare(first: Tensor, second: Tensor, at_first: Tensor, at_second: Tensor, 
     if free is not None:
         dot, square = (at_first.double() * free).sum(), free.square().sum()
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in (at_first, at_second)]
-    return [dot / square, pairs * steepest, *norms]
+    gain = torch.where(pairs > 0, pairs * steepest, torch.nan)
+    return [dot / square, gain, *norms]
 
 
 def _slopes(first: Tensor, second: Tensor, at_second: Tensor) -> tuple[Tensor, Tensor]:
