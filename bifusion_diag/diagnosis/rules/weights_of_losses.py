@@ -38,11 +38,11 @@ _LISTED = 8
 def loss_weights_vs_baseline(context: Context) -> list[Finding] | NotMeasured:
     """Weights of the losses that the baseline has otherwise: one finding that lists them."""
     ours = context.run.settings
-    if declared(ours, "losses") is None:
+    if not weights_of(ours):
         return NotMeasured("the settings declare no weights of losses")
     if context.baseline is not None:
         theirs: Mapping[str, Any] = context.baseline.settings
-        if declared(theirs, "losses") is None:
+        if not weights_of(theirs):
             return NotMeasured("the baseline's settings declare no weights of losses")
     else:
         theirs = load_settings(BASELINE).model_dump(mode="json")
