@@ -16,7 +16,7 @@ from bifusion_diag.probes.scene import take_snapshot
 from bifusion_diag.record import RunWriter
 from bifusion_diag.training.evaluation import scene_alone, validation_source
 
-START, RELEASED, END = "before training", "the gate is released", "at the end"
+START, RELEASED, END = "before training", "when the gate is released", "at the end"
 EVENT = "scene"  # kind of the event that says why there is no snapshot
 
 
