@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from bifusion_diag.cli.bisect import bisect
 from bifusion_diag.cli.compare import compare
 from bifusion_diag.cli.params import params
 from bifusion_diag.cli.presets import presets
@@ -37,6 +38,7 @@ app.command("watch")(watch)
 app.command("compare")(compare)
 app.command("report")(report)
 app.command("replay")(replay)
+app.command("bisect")(bisect)
 app.command("presets")(presets)
 app.command("params")(params)
 
