@@ -44,11 +44,16 @@ def nonfinite_weight(context: Context) -> list[Finding] | NotMeasured:
         for module, norm in norms.items()
         if (bad := _Bad.of(norm, norm.nonfinite > 0)) or (bad := _Bad.above_zero(counts.get(module)))
     }
-    buffers = {module: bad for module, series in running.items() if (bad := _Bad.above_zero(series))}
+    since = min((bad.first for bad in weights.values()), default=None)
+    buffers = {
+        module: bad
+        for module, series in running.items()
+        if (bad := _Bad.above_zero(series)) and (since is None or bad.first < since)  # NaN weights take these along
+    }
     found = []
     if weights:
         where = f"weights/{_first(weights)}/norm"
-        title = "The weights of {module} are NaN or infinite"
+        title = "Weights are NaN or infinite, measured first in {module}"
         stays = (
             "A NaN weight stays NaN: every update starts from the weight itself. Only an earlier checkpoint, or one of "
             "the last step at which all weights were finite, goes on from here."
@@ -56,7 +61,7 @@ def nonfinite_weight(context: Context) -> list[Finding] | NotMeasured:
         found.append(_bad_state(context, weights, title, where, stays))
     if buffers:
         where = f"weights/{_first(buffers)}/running_nonfinite"
-        title = "The running statistics of {module} are NaN or infinite"
+        title = "Running statistics are NaN or infinite, measured first in {module}"
         stays = (
             "A running mean is moved towards each batch's by a share of the difference, so that NaN stays. Training "
             "goes on as before, since it uses the batch's own statistics; every evaluation, and a frozen BatchNorm, "
@@ -188,6 +193,8 @@ def _first(bad: dict[str, _Bad]) -> str:
 def _bad_state(context: Context, bad: dict[str, _Bad], title: str, series: str, stays: str) -> Finding:
     module = _first(bad)
     first = bad[module]
+    # Modules take turns: of those that may have been it in between, none is named.
+    others = [name for name, one in bad.items() if name != module and (one.last_good or 0) < first.first]
     recovered = [one.recovered for one in bad.values()]
     last_good: Reading = (
         Quantity(first.last_good, "step") if first.last_good is not None else NotMeasured("none was measured before")
@@ -211,9 +218,15 @@ def _bad_state(context: Context, bad: dict[str, _Bad], title: str, series: str, 
         "error",
         say(title, module=module),
         evidence,
-        join([stays, words]),
+        join(
+            [
+                stays,
+                words,
+                say("Modules are measured in turns: {n} others may have been first.", n=len(others)) if others else "",
+            ]
+        ),
         (first.first, max(end, first.first)),
-        module=module,
+        module=None if others else module,
         remedy=_skips(context, first),
     )
 

@@ -20,7 +20,9 @@ EARLY, EARLY_BUCKETS = 30, 5  # values that the beginning is; of a reduced recor
 LATE = 0.25  # share of the steps that the end is
 CHANCE = 0.01  # p below which a fall is taken as one
 SUPERIORITY = 0.6  # a step of the end has a lower loss than one of the beginning so often at least, where it has fallen
-DEVIATIONS = 6.0  # of the loss's own noise: what the end has to be above the best by
+DEVIATIONS = 2.0  # of a step's noise: what the end has to be above the best by, as well as
+MEDIAN_DEVIATIONS = 6.0  # of a block's median
+MEDIAN_ERROR = 1.25  # standard error of a median of n normal values, times √n and ÷ their deviation
 _NOT_WHOLE = "the record begins at step {step}: what was learnt before is not in it"
 _STAGE = "stage"  # kind of an event from which on the loss may be another sum
 
@@ -82,9 +84,10 @@ def loss_divergence(context: Context) -> list[Finding] | NotMeasured:
     noise = noise_of(values[offset + best * size : offset + (best + 1) * size])
     rise, fall = final - levels[best], max(initial - levels[best], 0.0)
     # A loss that reached 0 has no noise there; what it gives back counts against what it had learnt.
-    if rise <= DEVIATIONS * noise or rise <= context.thresholds.divergence_share * fall or rise <= 1e-6 * abs(initial):
+    margin = noise * max(DEVIATIONS, MEDIAN_DEVIATIONS * MEDIAN_ERROR / size**0.5)
+    if rise <= margin or rise <= context.thresholds.divergence_share * fall or rise <= 1e-6 * abs(initial):
         return []
-    worse = is_whole(context.run) and final > initial + DEVIATIONS * noise
+    worse = is_whole(context.run) and final > initial + margin
     evidence = (
         Evidence("median loss at its best", Quantity(float(levels[best])), TOTAL),
         Evidence("median loss at the end", Quantity(final), TOTAL),
@@ -93,13 +96,14 @@ def loss_divergence(context: Context) -> list[Finding] | NotMeasured:
     )
     mechanism = join(
         [
-            "The climb lasts for the last eighth of these steps at least, and is far beyond what the loss varies by "
+            "The loss is up for the last eighth of these steps at least, and is far beyond what the loss varies by "
             "from step to step: it is no bad batch. Steps that are too long for the loss's curvature, or weights that "
             "a bad step has thrown away, look like this.",
             "The loss is now above where it began." if worse else "",
         ]
     )
-    begin = int(steps[offset + (best + 1) * size])
+    climbed = int(np.flatnonzero(levels <= levels[best] + rise / 2)[-1]) + 1
+    begin = int(steps[offset + climbed * size])
     title = "The loss climbs and stays up"
     severity: Severity = "error" if worse else "warning"
     return [Finding("loss-divergence", severity, title, evidence, mechanism, (begin, int(steps[-1])))]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bifusion_diag.diagnosis.findings import Context, Evidence, Finding
+from bifusion_diag.diagnosis.findings import Context, Evidence, Finding, Severity
 from bifusion_diag.diagnosis.instruments import GRADIENT_COSINE, GRADIENT_SHARE, matching
 from bifusion_diag.diagnosis.phrase import join, say
 from bifusion_diag.diagnosis.quantity import NotMeasured, Quantity
@@ -93,18 +93,25 @@ def _of_the_gradient(context: Context, gradients: Mapping[str, Series]) -> list[
             Evidence("steps that were measured", Quantity(count, "steps"), series.name),
         )
         share = context.reading(f"loss_share/{term}")
+        drowned = True
         if isinstance(share, Quantity):
             evidence += (Evidence("mean share of the loss", share, f"loss/{term}/weighted"),)
+            drowned = 1 - (share.value or 0.0) >= context.thresholds.conflict_share
         mechanism = join(
             [
-                "Where the terms share weights, this one decides where these go: the others are measured, and hardly "
-                "trained. Clipping by the whole norm takes from them, too.",
+                "Where the terms share weights, this one decides where these go. Clipping by the whole norm takes from "
+                "the others, too.",
+                "The others are a good part of the loss and next to nothing of the gradient: measured, and hardly "
+                "trained."
+                if drowned
+                else "The others are next to nothing of the loss as well, as regularisers may be.",
                 _place(context.run),
             ]
         )
         title = say("{term} is nearly all of the gradient on the shared weights", term=term)
-        remedy = _lighter(context, term, middle)
-        findings.append(Finding("dominant-term", "warning", title, evidence, mechanism, term=term, remedy=remedy))
+        remedy = _lighter(context, term, middle) if drowned else None
+        severity: Severity = "warning" if drowned else "note"
+        findings.append(Finding("dominant-term", severity, title, evidence, mechanism, term=term, remedy=remedy))
     return findings
 
 
