@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bifusion_diag.record.importers.names import EPOCH, INNER, STEP, TRAINING, is_ours, place_of, words
+from bifusion_diag.record.importers.names import EPOCH, INNER, STEP, is_ours, place_of
 from bifusion_diag.record.importers.source import UNKNOWN, Raw, Segment, Smoothing
 from bifusion_diag.record.schema import RecordError
 
@@ -29,7 +29,6 @@ GUESSED = "The table does not say how many iterations an epoch has: the last one
 BUCKETED = (
     "Weights & Biases exported buckets of several steps (its __MIN and __MAX differ): a value is the mean of one."
 )
-EPOCH_MEANS = "Some columns are means over an epoch (Lightning's _epoch)."
 _MISSING = {"", "none", "null", "n/a", "na", "-"}
 _TENSORBOARD = ("wall time", "step", "value")
 _TENSORBOARD_FILE = re.compile(r"(?:run-(?P<run>.*)-)?tag-(?P<tag>.+)", re.DOTALL)
@@ -140,8 +139,6 @@ def _read_table(segment: Segment, file: Path, table: Table, raw: Raw, given: Map
         raw.smoothing = UNKNOWN._replace(window=-1)  # the distance of rows
     if file.name == "metrics.csv" and places.step is not None and places.epoch is not None:
         raw.format = "CSV of Lightning"
-    if any(words(name)[-1:] == ["epoch"] for name in values.values()):
-        raw.notes.append(EPOCH_MEANS)
     _add(segment, file, table, raw, values, places)
 
 
@@ -299,12 +296,3 @@ def _number(text: str, delimiter: str) -> float | None:
         except ValueError:
             pass
     return None
-
-
-def has_training_words(header: Sequence[str]) -> bool:
-    """Whether a table looks like that of a training: it has a column of steps or epochs, or of a loss."""
-    return (
-        any(place_of(name) for name in header)
-        or any("loss" in name.lower() for name in header)
-        or any({*words(name)} & TRAINING for name in header)
-    )

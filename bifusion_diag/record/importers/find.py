@@ -249,7 +249,9 @@ def name_of(found: Found, path: Path) -> str:
         else:
             return stem
     else:
-        place = found.root.resolve() if found.format != "csv" else place
+        place = found.root.resolve()
+        if found.format == "csv":
+            place = place.parent
     if re.fullmatch(r"version_\d+|\d{8}_\d{6}.*|vis_data|logs?|runs?", place.name):
         return f"{place.parent.name}/{place.name}"
     return place.name

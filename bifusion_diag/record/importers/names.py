@@ -135,7 +135,7 @@ def recognise(name: str, *, timed: bool = False, memory: bool = False, ours: boo
         return _validation(name, key)
     if (series := _metric(key)) is not None and mode not in TRAINING:
         return Named(series, rank)
-    if key in TOTALS:
+    if key in TOTALS or (kept[0] in ("loss", "losses") and "_".join(kept[1:]) in TOTALS):
         return Named(TOTAL, rank + (0 if key == "loss" else 2))
     if _AFTER_CLIP.fullmatch(key):
         return Named(NORM, rank + 8, "after clipping")
@@ -164,7 +164,9 @@ def _validation(name: str, key: str) -> Named:
         return Named(series)
     if key in TOTALS:
         return Named("eval/loss")
-    if key in ("time", "data_time", "lr") or key in STEP_SECONDS | EPOCHS | STEPS:
+    if key == "runtime":
+        return Named("eval/seconds")
+    if key in ("time", "data_time", "lr") or key.endswith("_per_second") or key in STEP_SECONDS | EPOCHS | STEPS:
         return Named(None)
     return Named(f"eval/{_without_mode(name)}", 1)
 

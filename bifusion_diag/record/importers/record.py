@@ -104,6 +104,9 @@ def build(raw: Raw, given: Mapping[str, str], smoothing: int | None = None) -> I
         )
     notes = list(raw.notes)
     columns: Columns = {series: found[theirs] for theirs, series in chosen.items()}
+    means = [clean(theirs) for theirs, series in chosen.items() if theirs.endswith("_epoch") and "loss" in series]
+    if means:
+        notes.append(f"{', '.join(means)}: a mean over an epoch, as it is named.")
     notes += _shares(columns)
     notes += _weighted(columns)
     interval = _interval(columns)
@@ -112,7 +115,7 @@ def build(raw: Raw, given: Mapping[str, str], smoothing: int | None = None) -> I
     norm = _norm(columns, said or raw.norm)
     bad = _nonfinite(columns, windows, window)
     if window.window > 1:
-        notes.insert(0, _means(window, interval))
+        notes.insert(0, _means(windows, window, interval))
     if bad and window.window > 1:
         notes.insert(1, _hidden(bad))
     if raw.skipped:
@@ -164,6 +167,9 @@ def _choose(raw: Raw, found: Columns, given: Mapping[str, str]) -> tuple[dict[st
     known = {
         name: names.recognise(name, timed=raw.timed, memory=raw.timed, ours=ours) for name in found if name not in fixed
     }
+    if not any(one.series == RATE for one in known.values()):  # of several optimisers, or groups: the first
+        groups = [name for name, one in known.items() if (one.series or "").startswith(f"{RATE}/")]
+        known |= {name: names.Named(RATE) for name in groups[:1]}
     taken = dict(fixed)
     said = ""
     for name, one in sorted(known.items(), key=lambda item: (item[1].rank, list(found).index(item[0]))):
@@ -273,9 +279,13 @@ def _nonfinite(columns: Columns, windows: Mapping[str, int], window: Smoothing) 
     return {"logged": count, "at_least": least, "at_most": len(steps), "steps": steps[:LISTED].tolist()}
 
 
-def _means(window: Smoothing, interval: int) -> str:
+def _means(windows: Mapping[str, int], window: Smoothing, interval: int) -> str:
+    kinds = {"Losses": r"loss/.*", "the gradient norm": NORM, "times": r"train/.*_seconds"}
+    meant = [name for name, size in windows.items() if size > 1]
+    which = [kind for kind, pattern in kinds.items() if any(re.fullmatch(pattern, name) for name in meant)]
+    listed = ", ".join(which[:-1]) + " and " + which[-1] if len(which) > 1 else "".join(which) or "Values"
     text = (
-        f"Losses, gradient norm and times are means over {window.window} steps ({window.source}): one bad step shows "
+        f"{listed[0].upper()}{listed[1:]} are means over {window.window} steps ({window.source}): one bad step shows "
         f"in every mean that it is part of, and a spike is up to {window.window} times lower than it was."
     )
     if interval > window.window:
