@@ -16,6 +16,7 @@ from rich.markup import escape
 
 from bifusion_diag.cli.bisect import bisect
 from bifusion_diag.cli.compare import compare
+from bifusion_diag.cli.import_ import import_
 from bifusion_diag.cli.params import params
 from bifusion_diag.cli.presets import presets
 from bifusion_diag.cli.replay import replay
@@ -37,6 +38,7 @@ app.command("train")(train)
 app.command("watch")(watch)
 app.command("compare")(compare)
 app.command("report")(report)
+app.command("import")(import_)
 app.command("replay")(replay)
 app.command("bisect")(bisect)
 app.command("presets")(presets)
