@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 
 import numpy as np
@@ -10,7 +11,15 @@ from bifusion_diag.diagnosis.findings import Context, Evidence, Finding
 from bifusion_diag.diagnosis.instruments import matching
 from bifusion_diag.diagnosis.phrase import join, say
 from bifusion_diag.diagnosis.quantity import NotMeasured, Quantity
-from bifusion_diag.diagnosis.rules.declared import ALIGN, declared, early, gradient_share, late, term_weight
+from bifusion_diag.diagnosis.rules.declared import (
+    ALIGN,
+    declared,
+    declared_number,
+    early,
+    gradient_share,
+    late,
+    term_weight,
+)
 from bifusion_diag.diagnosis.validation import evaluated_at
 from bifusion_diag.record.schema import Run, Series
 
@@ -18,6 +27,11 @@ CLAMP = f"{ALIGN}.clamp"
 CLIP_PART = "encoder.clip"  # of our models
 UNIFORMITY = "eval/uniformity"
 SIDES = {"3D": "clip/alike_3d", "2D": "clip/alike_2d"}
+_ENDS = {
+    "3D": ("mean cosine of two points' 3D features, first step", "the same, last quarter of the run (3D)"),
+    "2D": ("mean cosine of two points' 2D features, first step", "the same, last quarter of the run (2D)"),
+}
+Likeness = Mapping[str, tuple[float, float]]  # side → mean cosine of two points at the beginning, at the end
 ROUNDING = 1e-6  # relative: a norm that is summed in another order differs by less
 FROZEN, NO_GRADIENT = 0, 1  # codes of grads/<module>/state
 LISTED = 5  # modules that one finding names
@@ -85,33 +99,38 @@ def scale_mismatch(context: Context) -> list[Finding] | NotMeasured:
 
 def alignment_collapse(context: Context) -> list[Finding] | NotMeasured:
     """Under an alignment loss, the features of all points have become one."""
-    run = context.run
-    ends = {side: (early(run.series(name)), late(run.series(name))) for side, name in SIDES.items()}
-    steps, uniformity = evaluated_at(run.series(UNIFORMITY))
+    run, limit = context.run, context.thresholds.alike_features
     if run.series("loss/clip_align/raw") is None:
         return NotMeasured("the run has no alignment loss (clip_align)")
-    if all(end is None for _, end in ends.values()) and not steps.size:
+    ends = {side: (early(run.series(name)), late(run.series(name))) for side, name in SIDES.items()}
+    known = {side: (begin, end) for side, (begin, end) in ends.items() if begin is not None and end is not None}
+    evaluated = _uniformity(run)
+    if not known and not evaluated:
         return NotMeasured("how alike features are was not measured (probe clip, or an evaluation)")
-    limit = context.thresholds.alike_features
-    evidence: list[Evidence] = []
-    collapsed: list[str] = []
-    ever: list[str] = []
-    for side, (begin, end) in ends.items():
-        if begin is None or end is None or end <= limit:
-            continue
-        (ever if begin > limit else collapsed).append(side)
-        evidence += [
-            Evidence("mean cosine of two points, first steps", Quantity(begin), SIDES[side]),
-            Evidence("mean cosine of two points, last quarter", Quantity(end), SIDES[side]),
+    alike = {side: (begin, end) for side, (begin, end) in known.items() if end > limit}
+    if any(begin <= limit for begin, _ in alike.values()):
+        return [_collapse(context, alike, evaluated)]
+    if alike:
+        return [
+            Finding(
+                "alignment-collapse",
+                "note",
+                "Features are all alike from the first step on",
+                _likeness(alike),
+                "Training did not do it: they are alike with the weights that the run began with.",
+                term="clip_align",
+            )
         ]
     # exp(−2 ‖x − y‖²) of unit vectors is exp(−4 (1 − cos)): the same bound for both measures
-    if steps.size and uniformity[-1] > -4 * (1 - limit):
-        evidence.append(Evidence("uniformity, first evaluation", Quantity(float(uniformity[0])), UNIFORMITY))
-        evidence.append(Evidence("uniformity, last evaluation", Quantity(float(uniformity[-1])), UNIFORMITY))
-        if not collapsed and not ever:
-            (collapsed if uniformity[0] <= -4 * (1 - limit) else ever).append("evaluated")
-    if not evidence:
-        return []
+    if evaluated and evaluated[-1].value is not None and evaluated[-1].value > -4 * (1 - limit):
+        return [_alike_in_evaluation(context, known, evaluated)]
+    return []
+
+
+def _collapse(context: Context, alike: Likeness, evaluated: tuple[Quantity, ...]) -> Finding:
+    """Features that training has pulled together."""
+    run = context.run
+    evidence = [*_likeness(alike), *_evaluations(evaluated)]
     weight, share = term_weight(run, "clip_align"), gradient_share(context.measures, "clip_align")
     if weight is not None:
         evidence.append(Evidence("median weight of clip_align", Quantity(weight), "loss/clip_align/weighted"))
@@ -119,17 +138,6 @@ def alignment_collapse(context: Context) -> list[Finding] | NotMeasured:
         evidence.append(
             Evidence("its median share of the gradient", Quantity(share), "loss_gradients/clip_align/share")
         )
-    if not collapsed:
-        return [
-            Finding(
-                "alignment-collapse",
-                "note",
-                "Features are all alike from the first step on",
-                tuple(evidence),
-                "Training did not do it: they are alike with the weights that the run began with.",
-                term="clip_align",
-            )
-        ]
     mechanism = join(
         [
             "The alignment loss has no negatives: it only pulls features together, and is smallest where all of them "
@@ -140,19 +148,58 @@ def alignment_collapse(context: Context) -> list[Finding] | NotMeasured:
             ),
         ]
     )
-    staged = declared(run.settings, "losses.schedule")
-    remedy = None if staged in (None, "progressive_clip") else {"losses.schedule": "progressive_clip"}
-    return [
-        Finding(
-            "alignment-collapse",
-            "warning",
-            "Features have collapsed: they are all alike",
-            tuple(evidence),
-            mechanism,
-            term="clip_align",
-            remedy=remedy,
-        )
-    ]
+    schedule = declared(run.settings, "losses.schedule")
+    return Finding(
+        "alignment-collapse",
+        "warning",
+        "Features have collapsed: they are all alike",
+        tuple(evidence),
+        mechanism,
+        term="clip_align",
+        remedy=None if schedule in (None, "progressive_clip") else {"losses.schedule": "progressive_clip"},
+    )
+
+
+def _alike_in_evaluation(context: Context, known: Likeness, evaluated: tuple[Quantity, ...]) -> Finding:
+    """Features that are alike where the model is evaluated, and not in training as far as that was measured."""
+    evidence = [*_evaluations(evaluated), *_likeness(known)]
+    momentum = declared_number(context.run.settings, "model.backbone.bn_momentum")
+    if momentum is not None:
+        left = Quantity((1 - momentum) ** len(context.run.steps))
+        evidence.append(Evidence("share of BatchNorm's running statistics left from before the run", left, UNIFORMITY))
+    mechanism = join(
+        [
+            "In training they are not alike. The evaluation uses BatchNorm's running statistics, which begin at 0 and "
+            "1 and follow slowly: as long as they lag behind, it sees other features than training does."
+            if known
+            else "Whether they are alike in training too was not measured (probe clip). The evaluation uses "
+            "BatchNorm's running statistics, which lag behind in a young run: it may see other features.",
+        ]
+    )
+    title = "Features are all alike in the evaluation"
+    return Finding("alignment-collapse", "note", title, tuple(evidence), mechanism, term="clip_align")
+
+
+def _likeness(alike: Likeness) -> tuple[Evidence, ...]:
+    return tuple(
+        Evidence(label, Quantity(value), SIDES[side])
+        for side, ends in alike.items()
+        for label, value in zip(_ENDS[side], ends, strict=True)
+    )
+
+
+def _uniformity(run: Run) -> tuple[Quantity, ...]:
+    """Of the first and of the last evaluation; of a single one, that one; empty without any."""
+    values = evaluated_at(run.series(UNIFORMITY))[1]
+    return tuple(Quantity(float(value)) for value in (values if values.size < 2 else values[[0, -1]]))
+
+
+def _evaluations(evaluated: tuple[Quantity, ...]) -> tuple[Evidence, ...]:
+    labels = ("uniformity of the 3D features, first evaluation", "uniformity of the 3D features, last evaluation")
+    return tuple(
+        Evidence(label, value, UNIFORMITY)
+        for label, value in zip(labels[-len(evaluated) :], evaluated, strict=bool(evaluated))
+    )
 
 
 def clip_leak(context: Context) -> list[Finding] | NotMeasured:

@@ -50,12 +50,10 @@ def late(series: Series | None, share: float = 0.25) -> float | None:
     return float(np.median(values)) if values.size else None
 
 
-def early(series: Series | None, count: int = 5) -> float | None:
-    """The median of the first finite values; None where there is none."""
-    if series is None:
-        return None
-    values = series.value[np.isfinite(series.value)][:count]
-    return float(np.median(values)) if values.size else None
+def early(series: Series | None) -> float | None:
+    """The first finite value; None where there is none."""
+    values = np.zeros(0) if series is None else series.value[np.isfinite(series.value)]
+    return float(values[0]) if values.size else None
 
 
 def usual(series: Series | None) -> float | None:
