@@ -14,7 +14,7 @@ from bifusion_diag.diagnosis.origins import Origin, most_common_place
 from bifusion_diag.diagnosis.phrase import join, say
 from bifusion_diag.diagnosis.quantity import NotMeasured, Quantity, Reading
 from bifusion_diag.diagnosis.rules.projection import LETS_THROUGH, SANITIZE
-from bifusion_diag.diagnosis.rules.series import smoothed_note, smoothing_of
+from bifusion_diag.diagnosis.rules.series import smoothed_note
 from bifusion_diag.diagnosis.spikes import FACTOR, WINDOW
 
 LOSS_FACTOR = 1.5  # a loss above so many times its median of the steps before has risen
@@ -116,8 +116,6 @@ def gradient_spike(context: Context) -> list[Finding] | NotMeasured:
     if isinstance(reading := context.reading("spikes"), NotMeasured):
         return reading
     steps = [origin for origin in context.origins if origin.kind == "spike"]
-    if not steps and (window := smoothing_of(context.run)) > 1:
-        return NotMeasured(say("the norms are means over {window} steps: a spike of one may not show", window=window))
     if not steps:
         return []
     place = most_common_place(steps)
@@ -143,7 +141,6 @@ def gradient_spike(context: Context) -> list[Finding] | NotMeasured:
             "{factor} ×."
         )
         mechanism.append(say(what, count=count, all=len(steps), module=module, factor=f"{FACTOR:g}"))
-    mechanism.append(smoothed_note(context.run) or "")
     return [
         Finding(
             "gradient-spike",
