@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from bifusion_diag.cli.audit import audit
 from bifusion_diag.cli.bisect import bisect
 from bifusion_diag.cli.compare import compare
 from bifusion_diag.cli.import_ import import_
@@ -21,6 +22,7 @@ from bifusion_diag.cli.params import params
 from bifusion_diag.cli.presets import presets
 from bifusion_diag.cli.replay import replay
 from bifusion_diag.cli.report import report
+from bifusion_diag.cli.rules import rules
 from bifusion_diag.cli.train import train
 from bifusion_diag.cli.watch import watch
 from bifusion_diag.errors import UserError
@@ -34,6 +36,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("audit")(audit)
 app.command("train")(train)
 app.command("watch")(watch)
 app.command("compare")(compare)
@@ -41,6 +44,7 @@ app.command("report")(report)
 app.command("import")(import_)
 app.command("replay")(replay)
 app.command("bisect")(bisect)
+app.command("rules")(rules)
 app.command("presets")(presets)
 app.command("params")(params)
 

@@ -184,7 +184,7 @@ class Thresholds(BaseModel):
         0.001, description="audit: what is released at a smaller share of the learning rate does not learn any more"
     )
     new_terms_share: Share = Field(
-        0.5,
+        0.7,
         description="audit: above this share of the trunk's gradient, terms that the baseline has not decide what the "
         "trunk learns",
     )
