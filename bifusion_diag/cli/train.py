@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +14,8 @@ from bifusion_diag.errors import UserError
 
 if TYPE_CHECKING:
     from bifusion_diag.record import Run
+
+FINDINGS = 5  # that are told when a run ends
 
 #: The catalogue's, to which a test holds them: the catalogue itself would load PyTorch for --help.
 PROBES = (
@@ -145,6 +148,20 @@ def train(
     _tell(run, out)
 
 
+def _tell_findings(run: Run, out: Path) -> None:
+    """The worst of what the rules found, and where the rest is told."""
+    from bifusion_diag.diagnosis import findings_of
+
+    if not len(run.steps):
+        return
+    found = findings_of(run)
+    for finding in found[:FINDINGS]:
+        typer.echo(f"{finding.severity}: {finding.title} ({finding.rule})")
+    rest = len(found) - FINDINGS
+    words = f"and {rest} more findings; " if rest > 0 else "" if found else "no findings; "
+    typer.echo(f"{words}report with: bifusion-diag report {shlex.quote(str(out))}")
+
+
 def _tell(run: Run, out: Path) -> None:
     """Say how the run ended, and how to go on."""
     if run.header.environment.get("rank", 0) == 0:
@@ -153,5 +170,6 @@ def _tell(run: Run, out: Path) -> None:
             ranks = run.header.environment.get("ranks", 1)
             start = "bifusion-diag" if ranks == 1 else f"torchrun --nproc-per-node {ranks} -m bifusion_diag"
             typer.echo(f"go on with: {start} train --resume --out {out}")
+        _tell_findings(run, out)
     if run.status == "interrupted":
         raise typer.Exit(130)

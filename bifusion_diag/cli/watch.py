@@ -14,9 +14,11 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from bifusion_diag.cli.options import ThresholdOptions, ThresholdsFile
 from bifusion_diag.errors import UserError
 
 if TYPE_CHECKING:
+    from bifusion_diag.diagnosis.live import LiveFindings
     from bifusion_diag.record import RecordFollower
 
 INTERRUPTED = 130  # exit code
@@ -35,22 +37,35 @@ def watch(
         float | None,
         typer.Option(min=0, help="Seconds to wait for a run to begin. Default: without end; with --once: none."),
     ] = None,
+    threshold: ThresholdOptions = None,
+    thresholds: ThresholdsFile = None,
 ) -> None:
     """Follow a run from another terminal while it trains, until it ends.
 
     Reads the record that the run writes, from any machine that sees its folder, and does not disturb it.
     """
+    from bifusion_diag.diagnosis.live import LiveFindings
+    from bifusion_diag.diagnosis.thresholds import read_thresholds
+
+    findings = LiveFindings(read_thresholds(thresholds, threshold or []))
     console = Console()
     patience = 0.0 if once and timeout is None else timeout
     try:
-        last = _follow(path, console, once, interval, window, top, patience)
+        last = _follow(path, console, once, interval, window, top, patience, findings)
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
     _print(console, last)
 
 
 def _follow(
-    path: Path, console: Console, once: bool, interval: float, window: int, top: int, timeout: float | None
+    path: Path,
+    console: Console,
+    once: bool,
+    interval: float,
+    window: int,
+    top: int,
+    timeout: float | None,
+    findings: LiveFindings,
 ) -> Sequence[Text | str]:
     """Show a run until it has ended; what to print last."""
     from bifusion_diag.record import RecordError, RecordFollower
@@ -66,7 +81,8 @@ def _follow(
 
     def lines(height: int | None = None) -> list[Text]:
         assert run is not None
-        return live_lines(run, modules, now=time.time(), width=console.width, height=height, top=top)
+        found = findings.of(run)
+        return live_lines(run, modules, now=time.time(), width=console.width, height=height, top=top, findings=found)
 
     with _display(console, screen) as show:
         while True:
@@ -104,7 +120,7 @@ def _follow(
                 alone = looked
                 if once:
                     return _joined(lines(), _ended(path, run))
-                words = status_line(run, now=time.time())
+                words = status_line(run, now=time.time(), findings=findings.of(run))
                 if screen or words != said:  # a log needs no line twice
                     show(lines(console.height) if screen else [words])
                 said = words

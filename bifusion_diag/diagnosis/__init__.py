@@ -5,6 +5,7 @@ from bifusion_diag.diagnosis.criteria import Criterion
 from bifusion_diag.diagnosis.definitions import DEFINITIONS, Definition, definition_of
 from bifusion_diag.diagnosis.findings import Evidence, Finding, Rule, Unmeasured
 from bifusion_diag.diagnosis.full import load_measured, measure_record
+from bifusion_diag.diagnosis.live import LiveFindings, findings_of
 from bifusion_diag.diagnosis.measures import Measures, measure, measures_from_dict, measures_to_dict
 from bifusion_diag.diagnosis.modules import ModuleGradient, ModulePair
 from bifusion_diag.diagnosis.origins import Origin
@@ -24,6 +25,7 @@ __all__ = [
     "Definition",
     "Evidence",
     "Finding",
+    "LiveFindings",
     "MeasurePair",
     "Measures",
     "ModuleGradient",
@@ -46,6 +48,7 @@ __all__ = [
     "compare_runs",
     "definition_of",
     "find_spikes",
+    "findings_of",
     "load_measured",
     "measure",
     "measure_record",

@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.text import Text
 
+from bifusion_diag.diagnosis.findings import Finding
 from bifusion_diag.diagnosis.names import AP50, MIOU, NORM, TOTAL
 from bifusion_diag.diagnosis.origins import NON_FINITE
+from bifusion_diag.diagnosis.rules.incidents import PREFIX
 from bifusion_diag.diagnosis.spikes import FACTOR, MIN_PREVIOUS, WINDOW
 from bifusion_diag.record.follow import RecordFollower
 from bifusion_diag.record.schema import Event, Ints
@@ -68,6 +70,7 @@ def live_lines(
     width: int,
     height: int | None = None,
     top: int = 5,
+    findings: Sequence[Finding] = (),
 ) -> list[Text]:
     """What there is to see of a run, as lines of at most `width` characters.
 
@@ -78,12 +81,14 @@ def live_lines(
         width: characters a line.
         height: lines there is room for; lists are shortened to fit. None: as many as it takes.
         top: entries of a list.
+        findings: of its rows, worst first.
     """
     for entries in range(top, 0, -1):
         sections = [
             _head(run, now, width),
             _curves(run, width),
             _incidents(run, width, entries),
+            _findings(run, findings, entries),
             _modules(run, modules, width, entries),
         ]
         lines = [line for section in sections if section for line in [Text(), *section]][1:]
@@ -95,8 +100,8 @@ def live_lines(
     return lines
 
 
-def status_line(run: RecordFollower, *, now: float) -> str:
-    """The same as one line of plain text, for a log."""
+def status_line(run: RecordFollower, *, now: float, findings: Sequence[Finding] = ()) -> str:
+    """The same as one line of plain text, for a log. Of the findings the worst."""
     parts = [f"{run.header.name}: {run.status}", _progress(run, plain=True)]
     pace = step_seconds(run)
     if pace is not None:
@@ -109,6 +114,8 @@ def status_line(run: RecordFollower, *, now: float) -> str:
         if len(values):
             parts.append(f"{name} {number(float(values[-1]))}")
     parts.append(_counts(run) or "no incidents")
+    if worst := _not_incidents(findings)[:1]:
+        parts.append(f"{worst[0].severity}: {worst[0].title} ({worst[0].rule})")
     parts.append(silent or _age(run, now))
     return ", ".join(part for part in parts if part)
 
@@ -339,6 +346,31 @@ def _incidents(run: RecordFollower, width: int, top: int) -> list[Text]:
             line.append(GAP + scenes, QUIET)
             lines.append(line)
     return lines
+
+
+def _findings(run: RecordFollower, findings: Sequence[Finding], top: int) -> list[Text]:
+    """What rules say of the window, but for the incidents, which have a list of their own."""
+    shown = _not_incidents(findings)
+    if not shown:
+        return []
+    count = number(len(run.steps), whole=True)
+    lines = [_title("findings", f"in these {count} steps: {len(shown)}; a rule's page: bifusion-diag rules ID")]
+    size = max(len(finding.severity) for finding in shown[:top])
+    for finding in shown[:top]:
+        line = Text.assemble((finding.severity.ljust(size), TROUBLE if finding.severity == "error" else ""))
+        line.append(GAP + finding.title)
+        where = finding.module or finding.term
+        facts = [where] if where and where not in finding.title else []
+        if finding.steps is not None:
+            first, last = (number(step, whole=True) for step in finding.steps)
+            facts.append(f"step {first}" if first == last else f"steps {first}–{last}")
+        line.append(GAP + ", ".join([*facts, finding.rule]), QUIET)
+        lines.append(line)
+    return lines
+
+
+def _not_incidents(findings: Sequence[Finding]) -> list[Finding]:
+    return [finding for finding in findings if not finding.rule.startswith(PREFIX)]
 
 
 def _scenes(event: Event) -> str:
