@@ -5,8 +5,10 @@ Several runs a side: **runs** are resampled, never steps; the steps of one run s
 - Interval: the percentile bootstrap of the difference of the means (:func:`scipy.stats.bootstrap`), widened for few
   runs as Hesterberg (2015, "What teachers should know about the bootstrap") does: the level is raised until the
   interval is as wide as Student's t on n − 1 degrees of freedom would have it; n is that of the smaller side. The plain
-  percentile interval is too narrow by √((n − 1) ÷ n) and by the t quantile. BCa does not mend that: its
-  acceleration is a third moment, estimated from a handful of runs, and it is not defined where they are alike.
+  percentile interval is too narrow: simulated, its "95 %" hold the truth in 85 % of comparisons of 4 runs a side, the
+  widened one in 96 %. Of 3 runs no resampling reaches further than the runs themselves (89 %), so there is none. BCa
+  does not mend that: its acceleration is a third moment, estimated from a handful of runs, and it is not defined where
+  they are alike.
 - Test: the exact permutation test of the difference of the means (:func:`scipy.stats.permutation_test`), over all ways
   to deal the runs to the two sides where these are at most `MOST_WAYS`, else over as many random ones.
 
@@ -26,7 +28,7 @@ from numpy.typing import NDArray
 LEVEL = 0.95
 RESAMPLES = 9_999
 BLOCK_RESAMPLES = 999
-LEAST_RUNS = 3  # of a side, for an interval
+LEAST_RUNS = 4  # of a side, for an interval
 MOST_WAYS = 20_000  # of dealing runs to two sides, that are all tried
 SHORTEST_BLOCK = 10
 RANDOM_SEED = 0

@@ -224,16 +224,10 @@ def say_what_runs_tell(baseline: Side, candidate: Side, tested: Sequence[Tested]
     return join(
         [
             say(
-                "Compared: {left} and {right} runs ({baseline}: {why}; {candidate}: {why_right}).",
+                "Of {left} and {right} runs, the verdict rests on one test: the share of bad steps a run, {test}, p = {p}, "
+                "level {level}.",
                 left=left,
                 right=right,
-                baseline=baseline.name,
-                why=baseline.why,
-                candidate=candidate.name,
-                why_right=candidate.why,
-            ),
-            say(
-                "The verdict rests on one test: the share of bad steps a run, {test}, p = {p}, level {level}.",
                 test=_test_words(PRIMARY, left, right),
                 p=f"{primary.p:.2g}",
                 level=f"{CHANCE:g}",
@@ -256,6 +250,13 @@ def say_what_runs_tell(baseline: Side, candidate: Side, tested: Sequence[Tested]
             )
             if intervals
             else say("There are no intervals: they take {count} runs on each side.", count=LEAST_RUNS),
+            say(
+                "{baseline}: {why}. {candidate}: {why_right}.",
+                baseline=baseline.name,
+                why=baseline.why,
+                candidate=candidate.name,
+                why_right=candidate.why,
+            ),
             "Runs were resampled and dealt, never steps.",
         ]
     )

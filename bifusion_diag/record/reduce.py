@@ -37,7 +37,8 @@ MAX_HISTOGRAM_BUCKETS = 300
 MAX_EVENTS = 1000
 MAX_FINGERPRINTS = 200  # events that say nothing of what happened, and come every few steps
 MAX_STEP_RANGES = 4096
-GROUP_BYTES = 16_000_000  # of columns held in memory at once
+READ_BYTES = 400_000_000  # of columns held in memory at once
+GROUP_BYTES = 16_000_000  # of those that are worked on
 
 
 def reduce_record(reader: RecordReader) -> tuple[Run, str]:
@@ -144,15 +145,18 @@ def _bucket_starts(rows: int, bytes_each: int) -> Ints:
 
 
 def _series(reader: RecordReader, names: Sequence[str], starts: Ints) -> Iterator[Series]:
-    """The reduced series, read a group of columns at a time."""
+    """The reduced series. Every read goes through the whole record, so it takes many columns; few are worked on."""
     rows = len(reader.steps)
+    read = max(1, READ_BYTES // (5 * max(1, rows)))  # a number and whether it is missing
     group = max(1, GROUP_BYTES // (4 * max(1, rows)))
-    for begin in range(0, len(names), group):
-        part = names[begin : begin + group]
+    for begin in range(0, len(names), read):
+        part = names[begin : begin + read]
         values, missing = reader.columns(part)
-        with np.errstate(invalid="ignore"):  # of a signalling NaN
-            wide = values.astype(np.float64)
-        yield from _reduced(reader, part, wide, missing, starts)
+        for first in range(0, len(part), group):
+            here = slice(first, first + group)
+            with np.errstate(invalid="ignore"):  # of a signalling NaN
+                wide = values[:, here].astype(np.float64)
+            yield from _reduced(reader, part[here], wide, missing[:, here], starts)
 
 
 def _reduced(
