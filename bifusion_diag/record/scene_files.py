@@ -14,7 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bifusion_diag.record import codec
-from bifusion_diag.record.scenes import MAX_POINTS, AlphaNumbers, SceneCapture, SceneView, Snapshot, kept
+from bifusion_diag.record.scenes import (
+    MAX_IMAGE_BYTES,
+    MAX_POINTS,
+    MAX_SIDE,
+    AlphaNumbers,
+    SceneCapture,
+    SceneView,
+    Snapshot,
+    kept,
+)
 
 SCENES_FILE = "scenes.jsonl"
 MAX_BYTES = 300_000  # of all snapshots in run.json
@@ -72,7 +81,7 @@ def read_snapshots(folder: Path) -> tuple[Snapshot, ...]:
                 found = [one for one in found if one.done <= document["resumed"]]
             else:
                 found.append(_moment_from(document, _scene_from(document["scene"])))
-        except (ValueError, KeyError, TypeError, IndexError, zlib.error):
+        except (ValueError, KeyError, TypeError, IndexError):
             continue
     return kept(found)
 
@@ -83,7 +92,10 @@ def _pack(values: NDArray[Any]) -> str:
 
 def _unpack(text: str, kind: str, shape: tuple[int, ...]) -> NDArray[Any]:
     size = int(np.dtype(kind).itemsize) * math.prod(shape)
-    raw = zlib.decompressobj().decompress(base64.b64decode(text, validate=True), size + 1)  # no more than is expected
+    try:
+        raw = zlib.decompressobj().decompress(base64.b64decode(text, validate=True), size + 1)  # no more than expected
+    except zlib.error as error:
+        raise ValueError(str(error)) from error
     if len(raw) != size:
         raise ValueError(f"{len(raw)} bytes where {size} were expected")
     return np.frombuffer(raw, kind).reshape(shape)
@@ -115,21 +127,13 @@ def _scene_to(scene: SceneCapture) -> dict[str, Any]:
 
 def _scene_from(document: Mapping[str, Any]) -> SceneCapture:
     count = int(document["count"])
-    if not 0 <= count <= 100 * MAX_POINTS:
+    if not 0 <= count <= MAX_POINTS:
         raise ValueError(f"a scene of {count} points")
     bits = _unpack(document["valid"], "u1", ((count + 7) // 8,))
     return SceneCapture(
         name=str(document["name"]),
         provenance={str(key): str(value) for key, value in document["provenance"].items()},
-        views=tuple(
-            SceneView(
-                base64.b64decode(view["image"], validate=True),
-                (int(view["size"][0]), int(view["size"][1])),
-                _matrix_from(view["intrinsics"], 3),
-                _matrix_from(view["pose"], 4),
-            )
-            for view in document["views"]
-        ),
+        views=tuple(_view_from(view) for view in document["views"]),
         of_views=int(document["of_views"]),
         of_points=int(document["of_points"]),
         middle=np.asarray(codec.decode(document["middle"]), np.float64).reshape(3),
@@ -138,6 +142,14 @@ def _scene_from(document: Mapping[str, Any]) -> SceneCapture:
         view=_unpack(document["view"], "u1", (count,)),
         valid=np.unpackbits(bits)[:count].astype(bool),
     )
+
+
+def _view_from(document: Mapping[str, Any]) -> SceneView:
+    image = base64.b64decode(document["image"], validate=True)
+    width, height = map(int, document["size"])
+    if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE and len(image) <= MAX_IMAGE_BYTES):
+        raise ValueError(f"an image of {width} × {height} px in {len(image)} bytes")
+    return SceneView(image, (width, height), _matrix_from(document["intrinsics"], 3), _matrix_from(document["pose"], 4))
 
 
 def _moment_to(snapshot: Snapshot, scenes: dict[str, dict[str, Any]]) -> dict[str, Any]:
