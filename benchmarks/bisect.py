@@ -106,6 +106,7 @@ CASES = (
         ({"losses.instance.style": "esam", "losses.instance.parts": [LARGE] * 5},),
         {},
     ),
+    Case("a run that breaks off", ({"data.augment.translate_std": 1e20},), {}),
     # only together
     Case("learning rate and weight decay", ({"optim.lr": 0.1, "optim.weight_decay": 1e3},), {}),
     Case("empty match and rooms with one object", (NO_MATCH,), {}),

@@ -140,6 +140,18 @@ def test_ends_that_leave_nothing_to_search_for(folder: Path, command: Command, t
     assert "6 of 6 differences are under suspicion" in said
 
 
+def test_a_candidate_that_breaks_off_is_searched_for_that_error(folder: Path, command: Command, tmp_path: Path) -> None:
+    candidate = tmp_path / "far.yaml"
+    candidate.write_text("preset: bifusion\ndata: {augment: {translate_std: 1.0e+20}}\noptim: {lr: 3.0e-4}")
+    given = ["bisect", "bifusion", candidate, "--config", folder / "common.yaml", "--steps", 2, "--seeds", 2]
+    code, said = command(*given, "--out", tmp_path / "out", "--oracle", "nonfinite_steps>0")
+    assert code == 0, said
+    assert "broke off after 0 steps: UserError" in said
+    assert "data.augment.translate_std alone makes it unstable" in said
+    assert "bad on 2 of 2 seeds" in said
+    assert "--set data.augment.translate_std=0.1 (nothing smaller cures)" in said
+
+
 def test_the_plan_alone_runs_nothing(folder: Path, command: Command, tmp_path: Path) -> None:
     code, said = command(*arguments(folder, "--out", tmp_path / "plan", "--plan"))
     assert code == 0, said
@@ -151,7 +163,7 @@ def test_the_plan_alone_runs_nothing(folder: Path, command: Command, tmp_path: P
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--oracle", "spikes"], "--oracle 'spikes' cannot be read"),
+        (["--oracle", "spikes"], "--oracle spikes: no such gate"),
         (["--budget", "3"], "--budget '3' cannot be read"),
         (["--set", "optim.lrr=1"], "unknown key 'optim.lrr'"),
         (["--set", "preset=bifusion"], "the common settings name a preset"),

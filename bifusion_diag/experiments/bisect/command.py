@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,8 @@ def bisect(request: Request, console: Console, go_on: Callable[[], bool]) -> Res
         UserError: bad input.
         KeyboardInterrupt: a signal came; the same command goes on.
     """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("a bisection is one process: start it without torchrun")
     common = common_settings(request.config, request.overrides)
     ends = [settings_of(name, common) for name in (request.baseline, request.candidate)]
     space = space_of(ends[0], ends[1])

@@ -26,7 +26,7 @@ def hunt(laboratory: Laboratory) -> Result:
     """Judge both ends, search, and bring the evidence.
 
     Raises:
-        UserError: an end cannot run at all.
+        UserError: an end cannot start.
         KeyboardInterrupt: a signal came; all runs so far are in the journal.
     """
     space = laboratory.space
@@ -47,7 +47,7 @@ def hunt(laboratory: Laboratory) -> Result:
             sentence = f"The candidate {told or 'cannot be judged'} ({candidate.why}): there is nothing to search for."
             return _ended(laboratory, status, f"{sentence} More --steps or --seeds may show it.", baseline, candidate)
         found = search(space.names, laboratory.outcome, space.needs)
-        causes = tuple(_cause(laboratory, items, found) for items in found.causes)
+        causes = tuple(_cause(laboratory, items) for items in found.causes)
         cure = _cure(laboratory, found)
     except BudgetSpentError:
         rest = smallest_bad(laboratory.entries)
@@ -95,7 +95,7 @@ def _tried(laboratory: Laboratory, verdict: Verdict) -> Tried:
     return Tried(changed, verdict.outcome, verdict.why, len(verdict.runs), records)
 
 
-def _cause(laboratory: Laboratory, items: Items, found: Found) -> Cause:
+def _cause(laboratory: Laboratory, items: Items) -> Cause:
     """The evidence on one cause."""
     whole = frozenset(items)
     elements = []
@@ -105,7 +105,7 @@ def _cause(laboratory: Laboratory, items: Items, found: Found) -> Cause:
         elements.append(Element(item, laboratory.space.named(item).changes, without, alone))
     together = laboratory.judge(whole, every_seed=True)
     bad = len(laboratory.bad_runs(together))
-    start = _start(laboratory, together) if items == found.causes[0] or bad else None
+    start = _start(laboratory, together)
     return Cause(tuple(elements), _tried(laboratory, together), bad, interaction_of(elements), start)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from bifusion_diag.config import ConfigError, Settings
-from bifusion_diag.errors import UserError
 from bifusion_diag.experiments.bisect.differences import Space, digest
 from bifusion_diag.experiments.bisect.journal import Entry, Journal
 from bifusion_diag.experiments.bisect.oracle import Judged, Oracle, Row
@@ -131,12 +130,10 @@ class Laboratory:
         """From here on a run that breaks off with the candidate's error is bad; and the seed on which the candidate is
         bad comes first. Returns the candidate's verdict as it is then."""
         if candidate.outcome == "unresolved":
-            crashes = [e["crash"] for e in candidate.runs if e["crash"] not in (None, UserError.__name__)]
-            self._crash = crashes[0] if crashes else None
-            candidate = self.judge(candidate.changed)
+            self._crash = next((entry["crash"] for entry in candidate.runs if entry["crash"] is not None), None)
         bad = [entry["seed"] for entry in self.bad_runs(candidate)]
         self.seeds = tuple(sorted(self.seeds, key=lambda seed: seed not in bad))
-        return candidate
+        return self.judge(candidate.changed)
 
     def trace(self, verdict: Verdict) -> Entry | None:
         """The first bad run of a verdict once more, its bad steps taken apart; None where it was not bad then."""
@@ -149,7 +146,7 @@ class Laboratory:
         """Run the first steps of both ends, to tell what all will cost.
 
         Raises:
-            UserError: one of them cannot run at all.
+            UserError: one of them cannot start.
         """
         stored = next((entry["probe"] for entry in self._journal.entries if "probe" in entry), None)
         if stored is None:

@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import math
-import operator
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from bifusion_diag.diagnosis import DEFINITIONS, RULES, Thresholds, assess_run, find_spikes, measure
-from bifusion_diag.diagnosis.definitions import is_defined
+from bifusion_diag.diagnosis import RULES, Thresholds, assess_run, find_spikes
+from bifusion_diag.diagnosis.gates import Gate, check_run_gates, parse_gates
 from bifusion_diag.diagnosis.names import NORM, TOTAL
 from bifusion_diag.diagnosis.quantity import NotMeasured
-from bifusion_diag.diagnosis.rules.incidents import PREFIX
 from bifusion_diag.diagnosis.spikes import MIN_PREVIOUS, SpikeDetector
-from bifusion_diag.errors import UserError, near_matches
+from bifusion_diag.errors import UserError
 from bifusion_diag.experiments.bisect.search import Outcome
 from bifusion_diag.record import Run
 
 Row = Mapping[str, float | None]  # a step's scalars by series; None where missing
 
 UNSTABLE = "unstable"
-FINDING = "finding:"
 EXAMPLES = "'unstable', 'nonfinite_steps>0', 'grad_norm/p99>50' or 'finding:gradient-spike'"
-_COMPARISON = re.compile(r"\s*([\w./*-]+?)\s*(>=|<=|>|<)\s*(\S+)\s*")
-_OPERATORS: dict[str, Callable[[float, float], bool]] = {
-    ">": operator.gt,
-    ">=": operator.ge,
-    "<": operator.lt,
-    "<=": operator.le,
-}
 #: The probe that measures what begins so; the losses and the loop's own numbers are always there.
 _PROBE_OF = {
     "clip": "clip",
@@ -92,36 +81,26 @@ class Oracle(Protocol):
 
 
 def read_oracle(text: str, thresholds: Thresholds) -> Oracle:
-    """An oracle from what the user writes.
+    """An oracle from what the user writes: "unstable", or a gate of one run as `compare --fail-on` has them.
 
     Args:
-        text: "unstable", "finding:<rule>", or a comparison of a measure with a number.
+        text: for example "unstable", "grad_norm/p99>50", "finding:gradient-spike".
         thresholds: of "unstable" and of the rules.
 
     Raises:
         UserError: it is none of these; the rule or the measure is unknown.
     """
-    text = text.strip()
-    if text == UNSTABLE:
-        return Unstable(thresholds)
-    if text.startswith(FINDING):
-        return HasFinding.of(text.removeprefix(FINDING).strip(), thresholds)
-    found = _COMPARISON.fullmatch(text)
-    if found is None:
-        raise UserError(f"--oracle {text!r} cannot be read. Write {EXAMPLES}.")
-    key, sign, number = found.groups()
     try:
-        limit = float(number)
-    except ValueError:
-        limit = math.nan
-    if math.isnan(limit):
-        raise UserError(f"--oracle {text!r}: {number!r} is no number. Write {EXAMPLES}.")
-    if not is_defined(key) or key.endswith("*"):
-        keys = [definition.key for definition in DEFINITIONS]
-        raise UserError(f"--oracle {text!r}: there is no measure {key!r}.{near_matches(key, keys)} Write {EXAMPLES}.")
-    if key.startswith("eval/"):
-        raise UserError(f"--oracle {text!r}: the runs of a bisection are short and not evaluated. Write {EXAMPLES}.")
-    return Comparison(key, sign, limit)
+        (gate,) = parse_gates([text.strip()])
+    except UserError as error:
+        raise UserError(f"{str(error).replace('--fail-on', '--oracle')} Of a bisection: {EXAMPLES}.") from error
+    if gate.kind == "unstable":
+        return Unstable(thresholds)
+    if gate.kind in ("ratio", "worse"):
+        raise UserError(f"--oracle {text}: every run of a bisection is judged by itself. Write {EXAMPLES}.")
+    if gate.key.startswith("eval/") or gate.kind == "criterion":
+        raise UserError(f"--oracle {text}: the runs of a bisection are short and not evaluated. Write {EXAMPLES}.")
+    return OfGate(gate, thresholds)
 
 
 def nonfinite_of(row: Row) -> str | None:
@@ -196,40 +175,51 @@ class _WatchUnstable:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """A measure of the run is above or below a number."""
+class OfGate:
+    """A measure of the run is above or below a number, or a rule has a finding."""
 
-    key: str
-    sign: str
-    limit: float
-    examines: bool = False
+    gate: Gate
+    thresholds: Thresholds
 
     @property
     def text(self) -> str:
-        return f"{self.key}{self.sign}{self.limit:g}"
+        return self.gate.text
 
     @property
     def words(self) -> str:
-        return f"the run's measure {self.key} is {self.sign} {self.limit:g}"
+        return self.gate.text
 
     @property
     def probes(self) -> tuple[str, ...]:
-        probe = _PROBE_OF.get(self.key.partition("/")[0])
+        if self.gate.kind == "finding":
+            return next((rule.needs for rule in RULES if rule.id == self.gate.key), ())
+        probe = _PROBE_OF.get(self.gate.key.partition("/")[0])
         return () if probe is None else (probe,)
 
+    @property
+    def examines(self) -> bool:
+        return self.gate.kind == "finding" and self.gate.key.startswith("incident")
+
     def watch(self, steps: int) -> Watch:
-        return _WatchMeasure(self, steps)
+        return _WatchGate(self, max(steps - MIN_PREVIOUS, 1))
 
 
-class _WatchMeasure:
-    def __init__(self, oracle: Comparison, steps: int) -> None:
-        self._oracle = oracle
-        self._most_judged = max(steps - MIN_PREVIOUS, 1)
+class _WatchGate:
+    def __init__(self, oracle: OfGate, most_judged: int) -> None:
+        self._oracle, self._most_judged = oracle, most_judged
         self._counts = _Counts()
 
     def step(self, step: int, row: Row) -> str | None:
         self._counts.add(row)
-        counts, oracle = self._counts, self._oracle
+        gate, now = self._oracle.gate, self._at_least()
+        if gate.kind != "measure" or gate.sign not in (">", ">=") or now is None:
+            return None
+        holds = now > gate.bound or (gate.sign == ">=" and now == gate.bound)
+        return f"{gate.key} is {now:.4g} at step {step}" if holds else None
+
+    def _at_least(self) -> float | None:
+        """What the measure will be at the least, whatever is to come; None of one that may still fall."""
+        counts = self._counts
         grows = {
             "nonfinite_steps": counts.nonfinite,
             "bad_steps": counts.nonfinite + counts.spikes,
@@ -237,71 +227,12 @@ class _WatchMeasure:
             "spike_rate": counts.spikes / self._most_judged,
             "grad_norm/max": counts.largest,
         }
-        now = grows.get(oracle.key)
-        if now is None or oracle.sign not in (">", ">=") or not _OPERATORS[oracle.sign](now, oracle.limit):
-            return None
-        return f"{oracle.key} is {now:.4g} at step {step}"
+        return grows.get(self._oracle.gate.key)
 
     def end(self, run: Run) -> Judged:
-        oracle = self._oracle
-        reading = measure(run).readings.get(oracle.key, NotMeasured("was not recorded"))
-        if isinstance(reading, NotMeasured):
-            return Judged("unresolved", f"{oracle.key} is not measured: {reading.reason}")
-        value = reading.value
-        bad = value is not None and _OPERATORS[oracle.sign](value, oracle.limit)
-        return Judged("bad" if bad else "stable", f"{oracle.key} is {'none' if value is None else f'{value:.4g}'}")
-
-
-@dataclass(frozen=True)
-class HasFinding:
-    """A rule fires on the run."""
-
-    rule: str
-    probes: tuple[str, ...]
-    thresholds: Thresholds
-
-    @classmethod
-    def of(cls, rule: str, thresholds: Thresholds) -> HasFinding:
-        """With the probes that the rule needs.
-
-        Raises:
-            UserError: there is no such rule of records.
-        """
-        rules = {one.id: one for one in RULES}
-        if not rule.startswith(PREFIX) and rule not in rules:
-            raise UserError(f"--oracle {FINDING}{rule}: there is no rule {rule!r}.{near_matches(rule, rules)}")
-        needed = rules[rule].needs if rule in rules else ()
-        return cls(rule, tuple(needed), thresholds)
-
-    @property
-    def text(self) -> str:
-        return f"{FINDING}{self.rule}"
-
-    @property
-    def words(self) -> str:
-        return f"the rule {self.rule} has a finding"
-
-    @property
-    def examines(self) -> bool:
-        return self.rule.startswith(PREFIX)
-
-    def watch(self, steps: int) -> Watch:
-        return _WatchFinding(self)
-
-
-class _WatchFinding:
-    def __init__(self, oracle: HasFinding) -> None:
-        self._oracle = oracle
-
-    def step(self, step: int, row: Row) -> str | None:
-        return None
-
-    def end(self, run: Run) -> Judged:
-        found = assess_run(run, self._oracle.thresholds)
-        for finding in found.findings:
-            if finding.rule == self._oracle.rule:
-                return Judged("bad", str(finding.title))
-        for gap in found.unmeasured:
-            if gap.rule == self._oracle.rule:
-                return Judged("unresolved", f"{self._oracle.rule} is not measured: {gap.reason}")
-        return Judged("stable", f"no finding of {self._oracle.rule}")
+        if not len(run.steps):
+            return Judged("unresolved", "no step was recorded")
+        (found,) = check_run_gates([self._oracle.gate], assess_run(run, self._oracle.thresholds))
+        if isinstance(found.reading, NotMeasured):
+            return Judged("unresolved", str(found.reason))
+        return Judged("bad" if found.failed else "stable", str(found.reason))

@@ -13,12 +13,13 @@ from pathlib import Path
 from rich.console import Console
 
 from bifusion_diag.config import Settings
-from bifusion_diag.errors import UserError
 from bifusion_diag.experiments.bisect.oracle import Judged, Watch
 from bifusion_diag.record import Run, incident_folder, record_folder
 from bifusion_diag.replay.recorder import FlightRecorder
 from bifusion_diag.training import Trainer
 from bifusion_diag.training.progress import ProgressDisplay
+
+LENGTH = 300  # characters of an error that are kept
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Trial:
     seconds: float
     step_seconds: float | None
     crash: str | None = None
-    refused: UserError | None = None
+    refused: Exception | None = None
 
 
 class _ShortRun(Trainer):
@@ -94,16 +95,16 @@ def run_trial(
             raise KeyboardInterrupt
         judged = watch.end(run) if trainer.certain is None else Judged("bad", trainer.certain)
         return Trial(judged, trainer.done, time.perf_counter() - began, _step_seconds(run))
-    except (UserError, OSError) as error:
-        if isinstance(error, OSError):
-            raise
-        judged = Judged("unresolved", f"it could not run: {error}")
-        return Trial(judged, 0, time.perf_counter() - began, None, "UserError", error)
+    except OSError:
+        raise  # of the disk, not of the settings
     except Exception as error:
-        said = (str(error).splitlines() or [""])[0][:300]
-        done = 0 if trainer is None else trainer.done
-        judged = Judged("unresolved", f"it broke off after {done} steps: {type(error).__name__}: {said}")
-        return Trial(judged, done, time.perf_counter() - began, None, type(error).__name__)
+        said = (str(error).splitlines() or [""])[0][:LENGTH]
+        seconds = time.perf_counter() - began
+        if trainer is None:
+            judged = Judged("unresolved", f"it could not start: {said}")
+            return Trial(judged, 0, seconds, None, refused=error)
+        judged = Judged("unresolved", f"it broke off after {trainer.done} steps: {type(error).__name__}: {said}")
+        return Trial(judged, trainer.done, seconds, None, crash=type(error).__name__)
     finally:
         _tidy(out)
         trainer = None
