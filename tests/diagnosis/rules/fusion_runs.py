@@ -34,7 +34,6 @@ TINY: dict[str, Any] = {
 PLANTED: dict[str, Any] = {
     "training.steps": 12,
     "losses.clip_align.gradient_formula": "as_written",
-    "losses.clip_align.temperature": 0.002,
     "losses.schedule": "constant",
     "losses.clip_align.weight": 0.2,
     "losses.instance": {"style": "esam", "parts": [0.5, 1.0, 1.0, 0.5, 0.5], "no_object_weight": 0.0005},
@@ -69,17 +68,19 @@ class Fusion(nn.Module):
         scale: of the 2D features.
         bias: of the gate's logit.
         slope: of the gate's logit by the features; 0 leaves it constant.
+        strangers: the image branch sees the point beside: the two sides can be aligned by becoming all alike alone.
     """
 
-    def __init__(self, scale: float = 1.0, bias: float = 0.0, slope: float = 1.0) -> None:
+    def __init__(self, scale: float = 1.0, bias: float = 0.0, slope: float = 1.0, strangers: bool = False) -> None:
         super().__init__()
         self.image, self.points = nn.Linear(FEATURES, 16), nn.Linear(FEATURES, 16)
         self.gate = nn.Linear(32, 1)
-        self.scale, self.bias, self.slope = scale, bias, slope
+        self.scale, self.bias, self.slope, self.strangers = scale, bias, slope, strangers
 
     def forward(self, x: Tensor) -> Branches:
         """Points (N, FEATURES)."""
-        f2d, f3d = F.normalize(self.image(x), dim=1) * self.scale, F.normalize(self.points(x), dim=1)
+        seen = x.roll(1, 0) if self.strangers else x
+        f2d, f3d = F.normalize(self.image(seen), dim=1) * self.scale, F.normalize(self.points(x), dim=1)
         alpha = torch.sigmoid(self.slope * self.gate(torch.cat([f2d, f3d], 1)) + self.bias)
         return Branches(f2d, f3d, torch.ones(len(x), dtype=torch.bool), alpha, alpha * f2d + (1 - alpha) * f3d)
 
@@ -99,7 +100,7 @@ class Align(nn.Module):
 class FusionClassifier(nn.Module):
     """A fusion, a head on it, and an alignment loss."""
 
-    def __init__(self, temperature: float = 1.0, **fusion: float) -> None:
+    def __init__(self, temperature: float = 1.0, **fusion: Any) -> None:
         super().__init__()
         self.fusion, self.head, self.align = Fusion(**fusion), nn.Linear(16, CLASSES), Align(temperature)
 
