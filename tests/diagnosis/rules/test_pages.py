@@ -46,7 +46,7 @@ def _read_by_rules(name: str) -> bool:
     return any(re.search(rf"thresholds\.{name}\b", source.read_text()) for source in sources)
 
 
-@pytest.mark.parametrize("name", filter(_read_by_rules, Thresholds.model_fields))
+@pytest.mark.parametrize("name", [name for name in Thresholds.model_fields if _read_by_rules(name)])
 def test_every_bound_is_named_on_a_page_and_says_why(name: str) -> None:
     assert any(f"`{name}`" in page_of(rule) for rule in rule_ids())
     assert len(Thresholds.model_fields[name].description or "") > 10
