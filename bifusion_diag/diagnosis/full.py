@@ -18,7 +18,7 @@ from bifusion_diag.diagnosis.instruments import instrument_measures
 from bifusion_diag.diagnosis.measures import Measures, measure, measures_to_dict
 from bifusion_diag.diagnosis.names import is_exact, names_by_module
 from bifusion_diag.diagnosis.origins import rows_needed
-from bifusion_diag.record.load import load_run, open_record, resolve_run
+from bifusion_diag.record.load import load_run, load_with_record, resolve_run
 from bifusion_diag.record.reader import RecordReader, read_state
 from bifusion_diag.record.schema import RecordError, Run, Series
 
@@ -86,9 +86,10 @@ def load_measured(path: Path | str) -> Run:
     ended = _ended_run(path)
     if ended is not None:
         return ended
-    run = load_run(path)
-    record = None if is_exact(run) else open_record(path)
-    return run if record is None else dataclasses.replace(run, measures=measures_to_dict(measure_record(record)))
+    run, record = load_with_record(path)
+    if record is None or is_exact(run):
+        return run
+    return dataclasses.replace(run, measures=measures_to_dict(measure_record(record)))
 
 
 def _ended_run(folder: Path) -> Run | None:

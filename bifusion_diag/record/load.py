@@ -47,10 +47,16 @@ def load_run(path: Path | str) -> Run:
     Raises:
         RecordError: the file is missing, corrupt, not a run, or of a newer schema version.
     """
+    return load_with_record(path)[0]
+
+
+def load_with_record(path: Path | str) -> tuple[Run, RecordReader | None]:
+    """As :func:`load_run`, with the whole series; None of a run.json, which has none."""
     path = resolve_run(path)
     record = open_record(path)
     run = reduce_record(record)[0] if record is not None else _read(path)
-    return run if isinstance(record, ImportedRecord) else replace(run, incident_files=read_incident_files(path))
+    files = {} if isinstance(record, ImportedRecord) else read_incident_files(path)
+    return replace(run, incident_files=files), record
 
 
 def open_record(path: Path) -> RecordReader | None:

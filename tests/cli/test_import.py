@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import jsonschema
 import numpy as np
 import pytest
 
+from bifusion_diag.diagnosis import NotMeasured, assess_run, compare_runs, load_measured
 from bifusion_diag.record import RunHeader, RunWriter, load_run
 
 Command = Callable[..., tuple[int, str]]
@@ -88,13 +91,13 @@ def test_compare_and_report_of_logs_end_to_end(command: Command, imported: bool)
         good, bad = Path("good.json"), Path("bad.json")
     code, said = command("report", bad, "--html", "r.html", "--json", "r.json")
     assert code == 0, said
-    readings = json.loads(Path("r.json").read_text())["assessment"]["measures"]["readings"]
-    assert readings["nonfinite_steps"]["value"] == 1
-    assert readings["first_nonfinite_step"]["value"] == 40
-    assert "not_measured" in readings["clipped_share"]
+    measures = assess_run(load_measured(bad)).measures
+    assert measures.number("nonfinite_steps") == 1
+    assert measures.number("first_nonfinite_step") == 40
+    assert isinstance(measures.readings["clipped_share"], NotMeasured)
     code, said = command("compare", good, bad, "--html", "c.html", "--json", "c.json")
     assert code == 0, said
-    assert "worse" in said
+    assert "bad is less stable than good: 1 bad step" in said
     for page in ("r.html", "c.html"):
         text = Path(page).read_text(encoding="utf-8")
         assert "<script>alert" not in text
@@ -104,12 +107,13 @@ def test_compare_and_report_of_logs_end_to_end(command: Command, imported: bool)
 def test_compare_of_a_log_and_a_record_of_ours(command: Command) -> None:
     code, said = command("compare", own("ours.json"), work_dir("theirs"), "--html", "c.html", "--json", "c.json")
     assert code == 0, said
-    data = json.loads(Path("c.json").read_text())
-    (comparison,) = data["comparisons"]
-    assert comparison["baseline"]["name"] == "ours"
-    assert comparison["candidate"]["name"] == "theirs"
-    assert comparison["baseline"]["measures"]["readings"]["spikes"]["value"] == 1
-    assert comparison["candidate"]["measures"]["readings"]["spikes"]["value"] == 0
+    comparison = compare_runs(load_measured("ours.json"), load_measured("theirs"))
+    assert (comparison.baseline.name, comparison.candidate.name) == ("ours", "theirs")
+    assert comparison.baseline.measures.spikes == (60,)
+    assert comparison.candidate.measures.spikes == ()
+    for text in ("ours", "theirs"):
+        assert text in Path("c.json").read_text(encoding="utf-8")
+        assert text in Path("c.html").read_text(encoding="utf-8")
 
 
 def test_ours_goes_before_others_in_a_folder(command: Command) -> None:
@@ -156,3 +160,20 @@ def test_bad_input_is_told_in_words(command: Command, arguments: tuple[str, ...]
     assert message in said
     assert "Traceback" not in said
     assert not Path("a.json").exists()
+
+
+def test_the_commands_of_the_docs(command: Command) -> None:
+    work_dir("work_dirs/esam_sv_scannet200")
+    work_dir("work_dirs/baseline")
+    work_dir("work_dirs/bifusion")
+    own("run.json")
+    Path("metrics.csv").write_text("iteration,my_loss\n" + "".join(f"{k},{k}\n" for k in range(20)))
+    page = (Path(__file__).parents[2] / "docs" / "import.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    lines = [shlex.split(line) for line in block.splitlines()]
+    assert len(lines) == 5
+    for program, *arguments in lines:
+        assert program == "bifusion-diag"
+        code, said = command(*arguments)
+        assert code == 0, said
+    assert load_run("esam.json").header.name == "ESAM, last month"

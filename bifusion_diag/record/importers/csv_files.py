@@ -120,7 +120,7 @@ def read(path: Path, name: str, files: Sequence[Path], given: Mapping[str, str])
             _add(segment, file, table, raw, {2: tag_of(file)[1]}, _Places(1, None, None))
         else:
             _read_table(segment, file, table, raw, given)
-    raw.segments = [segment] if segment.rows else []
+    raw.segments = [segment] if segment.values else []
     if is_ours(segment.columns()):
         raw.smoothing = Smoothing(1, "the values of single steps, as bifusion-diag writes them")
     return raw

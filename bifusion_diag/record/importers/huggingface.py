@@ -51,7 +51,7 @@ def read(path: Path, name: str, file: Path) -> Raw:
         else:  # of an evaluation (eval_...), or the summary at the end (train_...)
             values = {key: value for key, value in values.items() if not key.startswith("train_")}
             segment.add(step, values, training=False)
-    raw.segments = [segment] if segment.rows else []
+    raw.segments = [segment] if segment.values else []
     raw.planned = whole(state.get("max_steps"))
     raw.settings = {
         key: state[key]

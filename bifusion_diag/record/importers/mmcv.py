@@ -70,7 +70,7 @@ def read(path: Path, name: str, parts: Sequence[Part]) -> Raw:
         _fill(segment, _rows(part, raw), per_epoch)
         raw.files += [file for file in (part.json, part.text, part.config) if file is not None]
         raw.planned = planned_of(raw.settings, per_epoch) or planned
-        if segment.rows:
+        if segment.values:
             raw.segments.append(segment)
     raw.created = head.created
     raw.environment = environment_of(head.environment) or raw.environment

@@ -69,14 +69,13 @@ def read(path: Path, name: str, parts: Sequence[Part]) -> Raw:
         segment = Segment(part.label)
         if part.scalars is not None:
             rows: Iterator[_Row | None] = _json_rows(part.scalars)
-            per_epoch = per_epoch or epoch_length(part.scalars)
         else:
             assert part.text is not None
             rows = _text_rows(part.text)
             planned = _planned_in(part.text) or planned
-        _fill(segment, rows, per_epoch, raw)
+        per_epoch = _fill(segment, rows, per_epoch, raw)
         raw.files += [file for file in (part.scalars, part.text, part.config) if file is not None]
-        if segment.rows:
+        if segment.values:
             raw.segments.append(segment)
     raw.created = head.created
     raw.environment = environment_of(head.environment)
@@ -88,32 +87,16 @@ def read(path: Path, name: str, parts: Sequence[Part]) -> Raw:
     return raw
 
 
-def epoch_length(path: Path) -> int | None:
-    """Iterations in an epoch, out of the first rows of two consecutive epochs; None where there are none.
-
-    In every epoch, the first row is of the same iteration.
-    """
-    first: dict[int, int] = {}
-    for row in _json_rows(path):
-        if row is None or not row.training or row.epoch is None or row.step is None:
-            continue
-        first.setdefault(row.epoch, row.step)
-        if len(first) > 2:  # the first epoch of a resumed run may begin anywhere: the two after it tell
-            break
-    found = [later - first[epoch - 1] for epoch, later in first.items() if epoch - 1 in first]
-    return found[-1] if found and found[-1] > 0 else None
-
-
 def _json_rows(path: Path) -> Iterator[_Row | None]:
     for row in objects(path, _KEYS):
         if row is None:
             yield None
             continue
-        values = {key: number(value) for key, value in row.items() if key not in _PLACES}
-        values = {key.removeprefix("train/"): value for key, value in values.items()}
-        training = "iter" in row and not any(key.startswith("val/") for key in values)
-        step = whole(row.get("iter")) if training else whole(row.get("step"))
-        yield _Row(training, whole(row.get("epoch")), step, values)
+        training = "iter" in row
+        step = whole(row.get("iter" if training else "step"))
+        epoch = whole(row.get("epoch"))
+        values = {key.removeprefix("train/"): number(value) for key, value in row.items() if key not in _PLACES}
+        yield _Row(training, epoch, step, values)
 
 
 def _text_rows(path: Path) -> Iterator[_Row | None]:
@@ -131,25 +114,37 @@ def _planned_in(path: Path) -> int | None:
     return next((row.planned for row in log_rows(path) if row.planned), None)
 
 
-def _fill(segment: Segment, rows: Iterator[_Row | None], per_epoch: int | None, raw: Raw) -> None:
-    """Add rows to a segment; those of validation are placed by the rows of training before them."""
+def _fill(segment: Segment, rows: Iterator[_Row | None], per_epoch: int | None, raw: Raw) -> int | None:
+    """Add rows to a segment; those of validation are placed by the rows of training before them.
+
+    Returns:
+        Iterations in an epoch: as given, or as the rows tell. The first row of every epoch is of the same iteration,
+        but in the first epoch of a resumed run.
+    """
     last_step, last_epoch = 0, None
+    first: dict[int, int] = {}  # step by epoch
+    validations: list[tuple[_Row, int, int | None]] = []
     for row in rows:
-        if row is None:
+        if row is None or (row.training and row.step is None):
             raw.skipped += 1
         elif row.training:
-            if row.step is None:
-                raw.skipped += 1
-                continue
+            assert row.step is not None
             last_step, last_epoch = row.step, row.epoch
+            if row.epoch is not None:
+                first.setdefault(row.epoch, row.step)
             segment.add(row.step, row.values)
         else:
-            step = _of_validation(row.step, last_step, last_epoch, per_epoch)
-            if step is None:
-                step = last_step
-                if PLACED not in raw.notes:
-                    raw.notes.append(PLACED)
-            segment.add(step, {f"val/{key.removeprefix('val/')}": v for key, v in row.values.items()}, training=False)
+            validations.append((row, last_step, last_epoch))
+    lengths = [step - first[epoch - 1] for epoch, step in first.items() if epoch - 1 in first]
+    if per_epoch is None and lengths and lengths[-1] > 0:
+        per_epoch = lengths[-1]
+    for row, before, epoch in validations:
+        step = _of_validation(row.step, before, epoch, per_epoch)
+        if step is None and PLACED not in raw.notes:
+            raw.notes.append(PLACED)
+        values = {f"val/{key.removeprefix('val/')}": value for key, value in row.values.items()}
+        segment.add(before if step is None else step, values, training=False)
+    return per_epoch
 
 
 def _of_validation(stated: int | None, step: int, epoch: int | None, per_epoch: int | None) -> int | None:

@@ -41,21 +41,23 @@ class Segment:
         self._columns: dict[str, tuple[array[int], array[float]]] = {}
         self.first: int | None = None  # smallest step of a row of training
         self.last: int | None = None
-        self.rows = 0
+        self.values = 0
 
     def add(self, step: int, values: Mapping[str, float | None], *, training: bool = True) -> None:
         """Append a row; None is a missing value and leaves nothing."""
-        known = {name: value for name, value in values.items() if value is not None}
-        if not known or not 0 <= step < LAST_STEP:
+        if not 0 <= step < LAST_STEP:
             return
-        self.rows += 1
-        for name, value in known.items():
-            if name not in self._columns:
-                self._columns[name] = array("q"), array("d")
-            steps, numbers = self._columns[name]
-            steps.append(step)
-            numbers.append(value)
-        if training:
+        columns, added = self._columns, 0
+        for name, value in values.items():
+            if value is not None:
+                if name not in columns:
+                    columns[name] = array("q"), array("d")
+                steps, numbers = columns[name]
+                steps.append(step)
+                numbers.append(value)
+                added += 1
+        self.values += added
+        if training and added:
             self.first = step if self.first is None else min(self.first, step)
             self.last = step if self.last is None else max(self.last, step)
 
@@ -122,8 +124,11 @@ def join(segments: Sequence[Segment]) -> tuple[dict[str, tuple[Ints, Floats]], l
             last = segment.last or segment.first
         for name, column in segment.columns().items():
             parts.setdefault(name, []).append(column)
-    joined = {}
+    joined: dict[str, tuple[Ints, Floats]] = {}
     for name, found in parts.items():
+        if len(found) == 1 and (np.diff(found[0][0]) > 0).all():  # nearly always, and as it is: it may be large
+            joined[name] = found[0]
+            continue
         steps = np.concatenate([part[0] for part in found])
         values = np.concatenate([part[1] for part in found])
         unique, from_end = np.unique(steps[::-1], return_index=True)
@@ -197,6 +202,8 @@ def _saved(text: str, keys: Sequence[str], decoder: json.JSONDecoder) -> Iterato
 
 def number(value: Any) -> float | None:
     """A JSON value, or a text, as a number; None for what is none."""
+    if type(value) is float:  # nearly all of them
+        return value
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -207,6 +214,8 @@ def number(value: Any) -> float | None:
 
 def whole(value: Any) -> int | None:
     """A step as a number; None for what is none."""
+    if type(value) is int:
+        return value if 0 <= value < LAST_STEP else None
     found = number(value)
     if found is None or not np.isfinite(found) or not 0 <= found < LAST_STEP or found != int(found):
         return None

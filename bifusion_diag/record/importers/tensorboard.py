@@ -34,14 +34,14 @@ def read(path: Path, name: str, files: Sequence[Path]) -> Raw:
         segment = Segment(file.name)
         for event in events(file, raw):
             began = event.wall_time if began is None else began
-            if event.HasField("session_log") and event.session_log.status == SessionLog.START and segment.rows:
+            if event.HasField("session_log") and event.session_log.status == SessionLog.START and segment.values:
                 raw.segments.append(segment)  # within one file, a process went on
                 segment = Segment(f"{file.name} from step {event.step}")
             for value in event.summary.value if event.HasField("summary") else ():
                 number = scalar(value)
                 if number is not None:
                     segment.add(event.step, {value.tag: number}, training=not value.tag.lower().startswith("val"))
-        if segment.rows:
+        if segment.values:
             raw.segments.append(segment)
     if began is not None and 0 < began < 1e11:
         raw.created = datetime.fromtimestamp(began, timezone.utc).isoformat(timespec="seconds")
