@@ -83,6 +83,12 @@ class Case:
         """The keys of every cause."""
         return {frozenset(cause) for cause in self.causes}
 
+    @property
+    def ends(self) -> dict[str, Values]:
+        """The settings of both ends by dotted key."""
+        planted: Values = {key: value for cause in self.causes for key, value in cause.items()}
+        return {"baseline": COMMON | self.both, "candidate": COMMON | self.both | HARMLESS | planted}
+
 
 CONSTANT: Values = {"losses.schedule": "constant"}
 NO_POSE: Values = {"data.flaws.lost_tracking": 1.0, "model.projection.sanitize": "none"}
@@ -127,10 +133,8 @@ CASES = (
 
 def run_case(case: Case, folder: Path) -> dict[str, Any]:
     """Bisect, and compare with what was planted."""
-    planted: Values = {key: value for cause in case.causes for key, value in cause.items()}
-    ends = {"baseline": COMMON | case.both, "candidate": COMMON | case.both | HARMLESS | planted}
-    for name, values in ends.items():
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(_nested(values)))
+    for name, values in case.ends.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(nested(values)))
     request = Request(
         str(folder / "baseline.yaml"),
         str(folder / "candidate.yaml"),
@@ -168,7 +172,8 @@ def run_case(case: Case, folder: Path) -> dict[str, Any]:
     }
 
 
-def _nested(values: Values) -> dict[str, Any]:
+def nested(values: Values) -> dict[str, Any]:
+    """As a YAML file holds them."""
     tree: dict[str, Any] = {}
     for key, value in values.items():
         *above, leaf = key.split(".")

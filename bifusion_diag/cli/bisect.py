@@ -22,7 +22,7 @@ def bisect(
         typer.Option("--set", help="key=value that both have, for example training.batch_size=2. May be repeated."),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with settings that both have.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of each run.")] = 60,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each run; the first ten are not judged for spikes.")] = 60,
     seeds: Annotated[
         int, typer.Option(min=1, max=100, help="Seeds that a stable set of settings is run on; a bad one needs one.")
     ] = 2,

@@ -1,5 +1,5 @@
 """Which settings make a run unstable: delta debugging over the differences of two configurations, by short runs."""
 
-from bifusion_diag.experiments.bisect.command import DEFAULT_STEPS, Request, bisect
+from bifusion_diag.experiments.bisect.command import Request, bisect
 
-__all__ = ["DEFAULT_STEPS", "Request", "bisect"]
+__all__ = ["Request", "bisect"]

@@ -27,7 +27,6 @@ from bifusion_diag.probes.catalogue import make_probes
 from bifusion_diag.record import codec
 
 RESULT = "bisect.json"
-DEFAULT_STEPS = 60  # ten more than a run needs to be called stable, as these are not judged for spikes
 
 
 @dataclass(frozen=True)
@@ -37,10 +36,10 @@ class Request:
     Attributes:
         baseline: a preset's name or a YAML file.
         candidate: likewise.
+        steps: of a run.
+        seeds: how many a stable set is run on; the first is that of the baseline's settings.
         config: a YAML file with settings that both have.
         overrides: ``key=value``, likewise.
-        steps: of a run.
-        seeds: that a stable set is run on; the first is that of the baseline's settings.
         oracle: when a run is bad.
         thresholds: of the oracle.
         probes: that measure in every run.
@@ -51,10 +50,10 @@ class Request:
 
     baseline: str
     candidate: str
+    steps: int
+    seeds: int
     config: Path | None = None
     overrides: Sequence[str] = ()
-    steps: int = DEFAULT_STEPS
-    seeds: int = 2
     oracle: str = UNSTABLE
     thresholds: Thresholds = DEFAULT_THRESHOLDS
     probes: Sequence[str] = ()
