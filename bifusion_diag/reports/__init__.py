@@ -9,16 +9,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bifusion_diag.reports.files import write_comparison, write_run
-    from bifusion_diag.reports.html import render_comparison, render_run
+    from bifusion_diag.reports.files import write_comparison, write_groups, write_run
+    from bifusion_diag.reports.html import render_comparison, render_groups, render_run
     from bifusion_diag.reports.terminal import print_comparison, print_run
 
 __all__ = [
     "print_comparison",
     "print_run",
     "render_comparison",
+    "render_groups",
     "render_run",
     "write_comparison",
+    "write_groups",
     "write_run",
 ]
 
@@ -26,8 +28,10 @@ _HOME = {
     "print_comparison": "terminal",
     "print_run": "terminal",
     "render_comparison": "html",
+    "render_groups": "html",
     "render_run": "html",
     "write_comparison": "files",
+    "write_groups": "files",
     "write_run": "files",
 }
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from bifusion_diag.diagnosis.incidents import RecordedIncident, incidents_of
 from bifusion_diag.record.schema import Run
+from bifusion_diag.reports.language import tr
 from bifusion_diag.reports.numbers import text
 
 SHOWN = 20  # incidents that the page shows in full, of all its runs; the rest are in the record
@@ -20,6 +21,7 @@ LENGTH = 400  # characters of one text of an incident: records and capsules may 
 BYTES = 500_000  # of HTML or so, of all incidents; usual are 10 kB each
 _EVIDENCE, _SAMPLES, _TRIALS = 12, 8, 15
 _COST = "the diagnosis took"  # a label that begins so is of the diagnosis, and no evidence
+_CONTRAST = "the last healthy "  # a label that begins so tells how another batch fared with the same weights
 _WORDS = {"nan": "NaN", "inf": "∞", "-inf": "−∞"}  # numbers as Python writes them
 _ACTIONS = {
     "record": "done all the same",
@@ -67,6 +69,7 @@ class IncidentArticle:
     """One incident. `rows` are pairs of a label and a text."""
 
     step: int
+    anchor: str  # its id in the page
     heading: str
     explanation: str
     rows: list[tuple[str, str]]
@@ -83,22 +86,27 @@ class IncidentGroup:
     name: str
     articles: list[IncidentArticle]
     left_out: int
+    place: int = 0  # of the run in the page
 
 
-def incident_groups(names: Sequence[str], runs: Sequence[Run]) -> list[IncidentGroup]:
-    """Of every run that has incidents."""
-    found = [(name, incidents) for name, run in zip(names, runs, strict=True) if (incidents := incidents_of(run))]
+def incident_groups(names: Sequence[str], runs: Sequence[Run], most: int = BYTES) -> list[IncidentGroup]:
+    """Of every run that has incidents, in `most` bytes of HTML or so."""
+    found = [
+        (place, name, incidents)
+        for place, (name, run) in enumerate(zip(names, runs, strict=True))
+        if (incidents := incidents_of(run))
+    ]
     groups = []
-    for name, incidents in found:
-        room = BYTES // len(found)
+    for place, name, incidents in found:
+        room = most // len(found)
         articles: list[IncidentArticle] = []
         for incident in incidents[: max(1, SHOWN // len(found))]:
-            article = _article(incident)
+            article = _article(incident, f"incident-{place}-{incident.step}")
             room -= len(escape(str(article)))
             if room < 0 and articles:
                 break
             articles.append(article)
-        groups.append(IncidentGroup(name, articles, len(incidents) - len(articles)))
+        groups.append(IncidentGroup(name, articles, len(incidents) - len(articles), place))
     return groups
 
 
@@ -111,20 +119,21 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def _article(incident: RecordedIncident) -> IncidentArticle:
+def _article(incident: RecordedIncident, anchor: str) -> IncidentArticle:
     if incident.identical:
-        again = "The step ran again, and every loss and gradient was the same, bit for bit."
+        again = tr("The step ran again, and every loss and gradient was the same, bit for bit.")
     elif incident.identical is False:
-        again = f"The step did not run again as it had run. The first difference: {incident.difference}."
+        again = tr("The step did not run again as it had run. The first difference: {what}.", what=incident.difference)
     else:
-        again = f"The step was not run again: {incident.difference}." if incident.difference else ""
+        again = tr("The step was not run again: {why}.", why=incident.difference) if incident.difference else ""
     for label, value in incident.evidence.items():
         if label.startswith(_COST) and isinstance(value, float):
-            again += f" The diagnosis took {value:.1f} times as long as the step."
+            again += " " + tr("The diagnosis took {times} times as long as the step.", times=f"{value:.1f}")
     return IncidentArticle(
         incident.step,
+        anchor,
         _cut(_heading(incident)),
-        _words(incident.explanation or f"{incident.message}."),
+        _words(tr(incident.explanation or f"{incident.message}.")),
         _rows(incident),
         _cut(again.strip()),
         _trace(incident),
@@ -134,34 +143,48 @@ def _article(incident: RecordedIncident) -> IncidentArticle:
 
 
 def _heading(incident: RecordedIncident) -> str:
-    return ", ".join([incident.heading, *(sample.name for sample in incident.samples[:1])])
+    return ", ".join([tr(incident.heading), *(sample.name for sample in incident.samples[:1])])
 
 
 def _rows(incident: RecordedIncident) -> list[tuple[str, str]]:
     """What was found, each once: evidence that repeats the place or a sample's reason is left out."""
-    begins = [incident.place, "" if incident.direction == "data" else incident.direction, incident.op]
-    rows = [("begins in", " · ".join(filter(None, begins)))] if incident.module or incident.direction else []
-    rows += [("source", incident.source)] if incident.source else []
-    rows += [("loss terms" if len(incident.terms) > 1 else "loss term", ", ".join(incident.terms))] * bool(
-        incident.terms
-    )
+    begins = [tr(incident.place), "" if incident.direction == "data" else tr(incident.direction), incident.op]
+    rows = [(tr("begins in"), " · ".join(filter(None, begins)))] if incident.module or incident.direction else []
+    rows += [(tr("source"), incident.source)] if incident.source else []
+    if incident.terms:
+        rows.append((tr("loss terms" if len(incident.terms) > 1 else "loss term"), ", ".join(incident.terms)))
     for sample in incident.samples[:_SAMPLES]:
-        rows.append(("sample", f"{sample.label}: {sample.why}" if sample.why else sample.label))
-    action = _ACTIONS.get(incident.action, incident.action)
-    harmless = "every gradient is good, so nothing need be left out" if incident.harmless else ""
-    rows += [("update", "; ".join(filter(None, (action, harmless))))] if action or harmless else []
-    told = {sample.why for sample in incident.samples} | {incident.source}
+        rows.append((tr("sample"), f"{sample.label}: {sample.why}" if sample.why else sample.label))
+    action = tr(_ACTIONS.get(incident.action, incident.action))
+    harmless = tr("every gradient is good, so nothing need be left out") if incident.harmless else ""
+    rows += [(tr("update"), "; ".join(filter(None, (action, harmless))))] if action or harmless else []
+    told = {sample.why for sample in incident.samples} | {f"sample {sample.name}" for sample in incident.samples}
+    told |= {incident.source}
     evidence = []
     for label, value in incident.evidence.items():
         repeated = isinstance(value, str) and (value in told or (incident.source and incident.source in value))
-        if not repeated and not label.startswith(_COST):
-            evidence.append((label, _value(value)))
+        if label.startswith(_CONTRAST):
+            evidence.append((tr("for comparison"), _contrast(str(value))))
+        elif not repeated and not label.startswith(_COST):
+            evidence.append((tr(label), _value(value).replace("contrast step", "last healthy step")))
     return [(_cut(label), _words(value)) for label, value in (*rows, *evidence[:_EVIDENCE])]
+
+
+def _contrast(said: str) -> str:
+    """How the last healthy batch fared with this step's weights."""
+    if "bad" in said:
+        return tr(
+            "the batch of the last healthy step is bad too with the weights of this step: "
+            "it is the weights, not the data"
+        )
+    if "healthy" in said:
+        return tr("the batch of the last healthy step is healthy also with the weights of this step")
+    return tr("the batch of the last healthy step, with the weights of this step: {what}", what=said)
 
 
 def _value(value: Any) -> str:
     if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "none"}[value]
+        return tr({True: "yes", False: "no", None: "none"}[value])
     if isinstance(value, (int, float)):
         try:
             return text(float(value), whole=isinstance(value, int))
@@ -215,17 +238,17 @@ def _trace(incident: RecordedIncident) -> Trace | None:
 
 def _range(value: Any, bad: Any) -> str:
     shown = "" if value is None else _value(value)
-    return _cut(", ".join(filter(None, (shown, f"{_value(bad)} non-finite" if bad else ""))) or "–")
+    return _cut(", ".join(filter(None, (shown, tr("{n} non-finite", n=_value(bad)) if bad else ""))) or "–")
 
 
 def _trial(trial: Mapping[str, Any]) -> TrialLine:
     patch, lost = trial.get("patch"), trial.get("gives_up")
     patch = patch if isinstance(patch, Mapping) else {}
     lost = [str(one) for one in lost] if isinstance(lost, (list, tuple)) else []
-    result = [str(trial.get("result", "")), f"gives up {'; '.join(lost)}" if lost else ""]
+    result = [tr(str(trial.get("result", ""))), tr("gives up {what}", what="; ".join(lost)) if lost else ""]
     cost = trial.get("cost")
     return TrialLine(
-        _cut(str(trial.get("name", ""))),
+        _cut(tr(str(trial.get("name", "")))),
         [(_cut(str(key)), _cut(_plain(value))) for key, value in list(patch.items())[:_EVIDENCE]],
         _words("; ".join(filter(None, result))),
         _cut(_value(trial.get("grad_norm"))),

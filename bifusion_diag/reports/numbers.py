@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from bifusion_diag.diagnosis.quantity import NotMeasured, Quantity, Reading
+from bifusion_diag.reports.language import tr
 
 DIGITS = 3
 _SUPERSCRIPT = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
@@ -13,7 +14,7 @@ _SUPERSCRIPT = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 def text(value: float | None, *, whole: bool = False) -> str:
     """A number with three significant digits; a count (`whole`) in full, up to a billion."""
     if value is None:
-        return "none"
+        return tr("none")
     if math.isnan(value):
         return "NaN"
     if math.isinf(value):
@@ -33,7 +34,7 @@ def text(value: float | None, *, whole: bool = False) -> str:
 def reading_text(reading: Reading) -> str:
     """A reading as a table shows it, without its unit."""
     if isinstance(reading, NotMeasured):
-        return "not measured"
+        return tr("not measured")
     return text(reading.value, whole=is_whole(reading))
 
 

@@ -51,10 +51,13 @@ def smoothed(y: NDArray[np.float64]) -> NDArray[np.float64]:
     return running_median(y) if len(y) >= 2 * WINDOW else np.where(np.isfinite(y), y, np.nan)
 
 
-def line(series: Series) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The vertices of a series: its values, or of a reduced one the minimum and maximum of every bucket."""
+def vertices(series: Series) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """All vertices of a series: its values, or of a reduced one the minimum and maximum of every bucket."""
     if series.exact:
-        return min_max(series.steps, np.where(np.isfinite(series.value), series.value, np.nan))
-    x = np.column_stack([series.steps, series.last]).ravel()
-    y = np.column_stack([series.min, series.max]).ravel()
-    return min_max(x, y)
+        return series.steps, np.where(np.isfinite(series.value), series.value, np.nan)
+    return np.column_stack([series.steps, series.last]).ravel(), np.column_stack([series.min, series.max]).ravel()
+
+
+def line(series: Series) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The vertices of a series, reduced."""
+    return min_max(*vertices(series))

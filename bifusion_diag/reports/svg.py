@@ -78,6 +78,8 @@ class Plot:
         time: its time axis, None where it has none.
         values: lines for the cursor's readout: label → (steps, values).
         ink: the picture in it is black ink on nothing, inverted by the dark theme.
+        zoom: what redraws it over a part of its time, see :mod:`bifusion_diag.reports.zoom`; None: it stays as it is.
+        rows: what sorts and searches the rows of a heat map; None where it has none.
     """
 
     name: str
@@ -88,6 +90,8 @@ class Plot:
     time: TimeAxis | None = None
     values: dict[str, tuple[list[int], list[float | None]]] = field(default_factory=dict)
     ink: bool = False
+    zoom: dict[str, Any] | None = None
+    rows: list[dict[str, Any]] | None = None
 
 
 @contextmanager
@@ -118,6 +122,7 @@ def render(figure: Figure, name: str, alt: str) -> str:
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
     svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", svg)
     svg = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', svg)
+    svg = re.sub(r'href="(incident-[^"]+)"', r'href="#\1" tabindex="-1"', svg)
     svg = re.sub(r"#[0-9a-f]{6}\b", lambda match: _themed(match.group()), svg)
     svg = re.sub(r"font: ([^;\"]*?)([\d.]+)px [^;\"]*", r"font-size: \2px", svg)  # the page's font
     svg = re.sub(r"font-family: [^;\"]*;?", "", svg)
@@ -162,11 +167,11 @@ def log_axis(axis: Axis) -> None:
         axis.set_major_locator(
             LogLocator(subs=(1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0) if narrow else (1.0, 2.0, 5.0))
         )
-    axis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
     axis.set_minor_formatter(NullFormatter())
 
 
-def _tick(value: float) -> str:
+def tick(value: float) -> str:
     """1 and 0.005 as they are, 10⁻⁵ and 2·10⁻⁵ as tables have them."""
     return f"{value:g}" if 1e-4 <= value < 1e5 else numbers.text(value).replace(".00·", "·").removeprefix("1·")
 

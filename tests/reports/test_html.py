@@ -95,7 +95,7 @@ def test_hostile_text_stays_text(baseline: Run, candidate: Run) -> None:
 def test_what_the_probes_measure_is_shown_and_what_no_run_has_is_said(page: str, baseline: Run) -> None:
     for words in ("Which term moves the shared weights, bifusion-fragile", "How far weights move in a step, ‖Δw‖ ÷ ‖w‖",
                   "Where the time goes, bifusion-fragile", "cosine of gradients, semantic/clip_align",
-                  '<th class="n">update ratio</th>'):  # fmt: skip
+                  '<th scope="col" class="n">update ratio</th>'):  # fmt: skip
         assert words in page
     assert "Not measured: no run recorded" not in page[page.index("Why: ") : page.index("Criteria of")]
     alone = render_run(assess_run(baseline), baseline)

@@ -233,7 +233,7 @@ def test_the_page_shows_validation_where_there_is_some_and_says_where_there_is_n
     two = replace(two, header=replace(two.header, provenance={**two.provenance, **weights}))
     page = render_comparison([compare_runs(one, two)], one, [two])
     assert "mIoU and AP50 on validation scenes" in page
-    assert "<th>best AP50</th>" in page
+    assert '<th scope="row">best AP50</th>' in page
     assert "baseline 0.25, both at step 599" in page
     assert "<span>validation</span> test, ground truth (synthetic)" in page
     assert "<span>text features</span> random" in page

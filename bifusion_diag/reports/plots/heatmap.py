@@ -1,13 +1,18 @@
-"""Gradient norm by module and step: one panel a run, one colour scale for all, four looks for what is not a number."""
+"""A quantity by module and step: one panel a run, one colour scale for all, four looks for what is not a number.
+
+Every row is a picture of its own, so that the page can sort and search rows.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
@@ -19,10 +24,12 @@ from numpy.typing import NDArray
 from bifusion_diag.diagnosis.modules import STATES
 from bifusion_diag.diagnosis.origins import gradient_modules
 from bifusion_diag.record.schema import Run, Series
+from bifusion_diag.reports.language import tr
 from bifusion_diag.reports.numbers import text
 from bifusion_diag.reports.palette import INK, NON_FINITE, PAPER, QUIET, RULE
 from bifusion_diag.reports.plots.timeline import Trace, span
 from bifusion_diag.reports.svg import RIGHT, Plot, drawing, log_axis, render, time_axis, time_limits, title
+from bifusion_diag.reports.zoom import Zoom
 
 COLUMNS = 240  # time bins: about 3 px each on a wide screen
 MAX_ROWS = 44  # more modules than this are shown by their common parents
@@ -39,19 +46,98 @@ class Grid:
         parts: (R,) part of the model.
         norm: (R, C) largest gradient norm in the time bin, NaN where there is none.
         state: (R, C) code of the worst state in the bin, −1 where there is no record.
+        members: (R,) the modules of each row.
     """
 
     names: list[str]
     parts: list[str]
     norm: NDArray[np.float64]
     state: NDArray[np.int64]
+    members: list[list[str]]
 
 
-def draw_heatmap(traces: Sequence[Trace]) -> Plot | None:
-    """Draw the heat map; None where no run has gradients by module."""
+@dataclass(frozen=True)
+class Quantity:
+    """What a heat map shows.
+
+    Attributes:
+        name: of the plot.
+        title: of the plot.
+        key: beside the colour bar.
+        caption: what a cell is.
+        modules: the modules of a run that have it, in execution order.
+        largest: of a run and a module the series of the largest value of each bucket, None where there is none.
+        states: whether the states of gradients hold for it; else a cell is non-finite where `largest` says so.
+    """
+
+    name: str
+    title: str
+    key: str
+    caption: str
+    modules: Callable[[Run], list[str]]
+    largest: Callable[[Run, str], Series | None]
+    states: bool = False
+
+
+def _with_series(pattern: str) -> Callable[[Run], list[str]]:
+    """The modules that have a series, by execution order: ``"updates/{}/ratio"``."""
+    before, after = pattern.split("{}")
+
+    def modules(run: Run) -> list[str]:
+        names = [name[len(before) : -len(after)] for name in run.names(before) if name.endswith(after)]
+        order = {module.name: module.order for module in run.modules}
+        return sorted(names, key=lambda name: order.get(name, len(order)))
+
+    return modules
+
+
+def _activation(run: Run, module: str) -> Series | None:
+    """The largest magnitude of a module's output, of its two extremes the one that gets further."""
+    ends = [series for key in ("min", "max") if (series := run.series(f"activations/{module}/{key}")) is not None]
+    if len(ends) < 2 or len(ends[0].steps) != len(ends[1].steps):
+        return None
+    low, high = ends
+    bad = run.series(f"activations/{module}/nonfinite")
+    wrong = (
+        high.nonfinite if bad is None or len(bad.steps) != len(high.steps) else (np.nan_to_num(bad.max) > 0).astype(int)
+    )
+    with np.errstate(invalid="ignore"):
+        return replace(high, max=np.fmax(np.abs(low.min), np.abs(high.max)), nonfinite=wrong)
+
+
+GRADIENTS = Quantity(
+    "heatmap",
+    "Gradient norm by module and step",
+    "gradient norm",
+    "Parameter-gradient norm of each module in execution order",
+    gradient_modules,
+    lambda run, module: run.series(f"grads/{module}/param_norm"),
+    states=True,
+)
+UPDATES = Quantity(
+    "heatmapupdates",
+    "Update ratio by module and step",
+    "‖Δw‖ ÷ ‖w‖",
+    "How far the weights of each module move, ‖Δw‖ ÷ ‖w‖, in execution order",
+    _with_series("updates/{}/ratio"),
+    lambda run, module: run.series(f"updates/{module}/ratio"),
+)
+ACTIVATIONS = Quantity(
+    "heatmapactivations",
+    "Largest activation by module and step",
+    "largest |x|",
+    "Largest magnitude in the output of each module, in execution order",
+    _with_series("activations/{}/max"),
+    _activation,
+)
+QUANTITIES = (GRADIENTS, UPDATES, ACTIVATIONS)
+
+
+def draw_heatmap(traces: Sequence[Trace], quantity: Quantity = GRADIENTS) -> Plot | None:
+    """Draw the heat map of a quantity; None where no run has it."""
     first, last = span(traces)
-    row_of = shared_rows([trace.run for trace in traces])
-    grids = [(trace, make_grid(trace.run, first, last, row_of)) for trace in traces]
+    row_of = shared_rows([trace.run for trace in traces], quantity)
+    grids = [(trace, make_grid(trace.run, first, last, row_of, quantity)) for trace in traces]
     grids = [(trace, grid) for trace, grid in grids if grid.names]
     if not grids:
         return None
@@ -59,62 +145,82 @@ def draw_heatmap(traces: Sequence[Trace]) -> Plot | None:
     scale = _scale(everything)
     margin, between = 0.85, 0.5
     height = sum(len(grid.names) * ROW for _, grid in grids) + margin + between * len(grids)
+    zoom = Zoom()
     with drawing(height) as figure:
         top = height - 0.62
         panels = []
-        for trace, grid in grids:
+        rows: list[dict[str, Any]] = []
+        for place, (trace, grid) in enumerate(grids):
             tall = len(grid.names) * ROW
             left = 0.2
-            axes = figure.add_axes((left, (top - tall) / height, RIGHT + 0.07 - left, tall / height))
-            _draw_panel(axes, grid, scale, first, last)
+            axes = zoom.panel(figure.add_axes((left, (top - tall) / height, RIGHT + 0.07 - left, tall / height)))
+            rows += _draw_panel(axes, grid, scale, (first, last), zoom, place)
             title(axes, f"{trace.label}")
             panels.append(axes)
             top -= tall + between
-        panels[-1].set_xlabel("step")
-        _draw_keys(figure, scale, height)
-        alt = _alt(grids)
+        panels[-1].set_xlabel(tr("step"))
+        _draw_keys(figure, scale, height, quantity)
+        alt = _alt(grids, quantity)
         return Plot(
-            "heatmap",
-            "Gradient norm by module and step",
-            f"Parameter-gradient norm of each module in execution order; largest of each of at most {COLUMNS} time "
-            "bins; one colour scale. " + (_grouped_note(traces, grids)),
+            quantity.name,
+            tr(quantity.title),
+            _caption(traces, grids, quantity),
             alt,
-            render(figure, "heatmap", alt),
+            render(figure, quantity.name, alt),
             time_axis(panels[0]),
+            zoom=zoom.data(),
+            rows=rows,
         )
 
 
-def make_grid(run: Run, first: int, last: int, row_of: Mapping[str, str]) -> Grid:
-    """Bin the gradients by module of a run; `row_of` names every module's row."""
-    modules = gradient_modules(run)
+def make_grid(run: Run, first: int, last: int, row_of: Mapping[str, str], quantity: Quantity = GRADIENTS) -> Grid:
+    """Bin a quantity by module of a run; `row_of` names every module's row."""
+    modules = quantity.modules(run)
     rows = {module: row_of[module] for module in modules}
     names = list(dict.fromkeys(rows.values()))
+    place = {name: index for index, name in enumerate(names)}
     parts = {module.name: module.part for module in run.modules}
     columns = min(COLUMNS, last - first + 1)
     squares = np.zeros((len(names), columns))
     seen = np.zeros((len(names), columns), dtype=bool)
     state = np.full((len(names), columns), -1)
     for module, name in rows.items():
-        row = names.index(name)
-        _add_states(state[row], run.all_series[f"grads/{module}/state"], first, last)
-        norm = run.series(f"grads/{module}/param_norm")
-        if norm is not None:
-            largest = _largest(norm, first, last, columns)
+        row = place[name]
+        series = quantity.largest(run, module)
+        if quantity.states:
+            _add_states(state[row], run.all_series[f"grads/{module}/state"], first, last)
+        elif series is not None:
+            _add_finiteness(state[row], series, first, last)
+        if series is not None:
+            largest = _largest(series, first, last, columns)
             seen[row] |= np.isfinite(largest)
-            squares[row] += np.nan_to_num(largest) ** 2
+            if quantity.states:  # norms of a group: the root of the sum of squares
+                squares[row] += np.nan_to_num(largest) ** 2
+            else:
+                squares[row] = np.fmax(squares[row], np.nan_to_num(largest) ** 2)
     norm_table = np.where(seen, np.sqrt(squares), np.nan)
     first_of = {name: module for module, name in reversed(rows.items())}
-    return Grid(names, [parts.get(first_of[name], name.split(".")[0]) for name in names], norm_table, state)
+    members: dict[str, list[str]] = {name: [] for name in names}
+    for module, name in rows.items():
+        members[name].append(module)
+    return Grid(
+        names,
+        [parts.get(first_of[name], name.split(".")[0]) for name in names],
+        norm_table,
+        state,
+        [members[name] for name in names],
+    )
 
 
-def shared_rows(runs: Sequence[Run]) -> dict[str, str]:
+def shared_rows(runs: Sequence[Run], quantity: Quantity = GRADIENTS) -> dict[str, str]:
     """The row of every module of all runs, so that their panels have the same ones."""
     modules: dict[str, None] = {}
     frozen: set[str] = set()
     for run in runs:
-        names = gradient_modules(run)
+        names = quantity.modules(run)
         modules |= dict.fromkeys(names)
-        frozen |= {name for name in names if run.all_series[f"grads/{name}/state"].stats.max == FROZEN}
+        if quantity.states:
+            frozen |= {name for name in names if run.all_series[f"grads/{name}/state"].stats.max == FROZEN}
     return group_rows(list(modules), closed=frozen)
 
 
@@ -169,6 +275,14 @@ def _add_states(row: NDArray[np.int64], series: Series, first: int, last: int) -
     np.maximum(row, np.where(np.isneginf(table), -1, table).astype(int), out=row)
 
 
+def _add_finiteness(row: NDArray[np.int64], series: Series, first: int, last: int) -> None:
+    """Where a value is recorded it is finite, zero, or not a number at all."""
+    code = np.where(series.nonfinite > 0, NONFINITE, np.where(series.max == 0, ZERO, FINITE)).astype(float)
+    code[(series.nonfinite == 0) & ~np.isfinite(series.max)] = np.nan
+    table = _spread(series, code, first, last, row.size)
+    np.maximum(row, np.where(np.isneginf(table), -1, table).astype(int), out=row)
+
+
 def _scale(values: NDArray[np.float64]) -> LogNorm:
     if not values.size:
         return LogNorm(0.1, 10)
@@ -176,40 +290,87 @@ def _scale(values: NDArray[np.float64]) -> LogNorm:
     return LogNorm(max(low, high * 1e-9), max(high, low * 1.01))
 
 
-def _draw_panel(axes: Axes, grid: Grid, scale: LogNorm, first: int, last: int) -> None:
+def _draw_panel(
+    axes: Axes, grid: Grid, scale: LogNorm, limits: tuple[int, int], zoom: Zoom, panel: int
+) -> list[dict[str, Any]]:
+    """Draw the rows; returned is what sorts and searches them."""
+    first, last = limits
     rows, columns = grid.norm.shape
     colours = colormaps["cividis"](scale(np.where(np.isfinite(grid.norm), grid.norm, 1.0)))
     shown = (grid.state == FINITE) & np.isfinite(grid.norm) & (grid.norm > 0)
     colours[..., 3] = shown
-    extent = (first, last + 1, rows, 0)
-    cells = axes.imshow(colours, extent=extent, aspect="auto", interpolation="none", origin="upper")
-    cells.set_gid(f"cells{len(axes.figure.axes)}")  # two runs with the same picture still have ids of their own
     width = (last + 1 - first) / columns
     looks = {NONFINITE: ("/////", NON_FINITE), NO_GRADIENT: ("....", QUIET), ZERO: ("xxxx", QUIET)}
-    for code, (hatch, colour) in looks.items():
-        path = _cells(grid.state == code, first, width)
-        if path is not None:
-            if code == NONFINITE:  # a single column is too narrow for a hatch alone
-                axes.add_patch(PathPatch(path, facecolor=colour, alpha=0.4, linewidth=0))
-            axes.add_patch(PathPatch(path, facecolor="none", edgecolor=colour, hatch=hatch, linewidth=0))
+    found = []
+    for row in range(rows):
+        drawn: list[Artist] = []
+        if shown[row].any():
+            extent = (first, last + 1, row + 1, row)
+            drawn.append(
+                axes.imshow(colours[row : row + 1], extent=extent, aspect="auto", interpolation="none", origin="upper")
+            )
+        for code, (hatch, colour) in looks.items():
+            path = _cells((grid.state[row] == code)[None], first, width, row)
+            if path is not None:
+                if code == NONFINITE:  # a single column is too narrow for a hatch alone
+                    patch = PathPatch(path, facecolor=colour, alpha=0.4, linewidth=0)
+                    drawn.append(axes.add_patch(patch))
+                drawn.append(
+                    axes.add_patch(PathPatch(path, facecolor="none", edgecolor=colour, hatch=hatch, linewidth=0))
+                )
+        zoom.stretch(*drawn)
+        label = axes.text(
+            -0.006, row + 0.5, _short(grid.names[row]), fontsize=7.5, color=QUIET, ha="right", va="center",
+            transform=axes.get_yaxis_transform(),
+        )  # fmt: skip
+        label.set_gid(f"name{panel}x{row}")
+        found.append(
+            {
+                "panel": panel,
+                "name": grid.names[row],
+                "members": grid.members[row] if grid.members[row] != [grid.names[row]] else [],
+                "norm": _number(_typical(grid.norm[row])),
+                "growth": _number(_growth(grid.norm[row])),
+                "bad": int((grid.state[row] == NONFINITE).sum()),
+                "ids": [str(artist.get_gid()) for artist in (*drawn, label)],
+            }
+        )
     edges = [row for row in range(1, rows) if grid.parts[row] != grid.parts[row - 1]]
-    axes.hlines(edges, first, last + 1, color=PAPER, linewidth=1.6)
-    axes.set_yticks(np.arange(rows) + 0.5, [_short(name) for name in grid.names], fontsize=7.5)
-    axes.tick_params(axis="y", length=0)
+    lines = axes.hlines(edges, first, last + 1, color=PAPER, linewidth=1.6)
+    lines.set_gid(f"parts{panel}")
+    axes.set_yticks([])
     axes.set_ylim(rows, 0)
     time_limits(axes, first, last + 1)
     for spine in axes.spines.values():
         spine.set_visible(True)
+    return found
 
 
-def _cells(mask: NDArray[np.bool_], first: int, width: float) -> Path | None:
-    """All marked cells (R, C) as one path, neighbours in a row merged."""
+def _typical(values: NDArray[np.float64]) -> float:
+    finite = values[np.isfinite(values)]
+    return float(np.median(finite)) if finite.size else float("nan")
+
+
+def _growth(values: NDArray[np.float64]) -> float:
+    """Median of the last quarter ÷ of the first quarter of what there is."""
+    finite = values[np.isfinite(values) & (values > 0)]
+    quarter = finite.size // 4
+    return float(np.median(finite[-quarter:]) / np.median(finite[:quarter])) if quarter else float("nan")
+
+
+def _number(value: float) -> float | None:
+    return float(f"{value:.4g}") if np.isfinite(value) else None
+
+
+def _cells(mask: NDArray[np.bool_], first: int, width: float, top: int = 0) -> Path | None:
+    """All marked cells (R, C) as one path, neighbours in a row merged; the first row is `top`."""
     vertices: list[tuple[float, float]] = []
     for row in range(mask.shape[0]):
         change = np.flatnonzero(np.diff(np.concatenate([[0], mask[row].astype(np.int8), [0]])))
         for start, stop in zip(change[::2], change[1::2], strict=True):
             left, right = first + start * width, first + stop * width
-            vertices += [(left, row), (right, row), (right, row + 1), (left, row + 1), (left, row)]
+            high, low = top + row, top + row + 1
+            vertices += [(left, high), (right, high), (right, low), (left, low), (left, high)]
     if not vertices:
         return None
     codes = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY] * (len(vertices) // 5)
@@ -220,41 +381,62 @@ def _short(name: str) -> str:
     return name if len(name) <= 27 else "…" + name[-26:]
 
 
-def _draw_keys(figure: Figure, scale: LogNorm, height: float) -> None:
+def _draw_keys(figure: Figure, scale: LogNorm, height: float, quantity: Quantity) -> None:
     bar = figure.add_axes((0.2, 1 - 0.2 / height, 0.24, 0.09 / height))
     figure.colorbar(ScalarMappable(scale, "cividis"), cax=bar, orientation="horizontal")
     log_axis(bar.xaxis)
     bar.minorticks_off()
     bar.tick_params(labelsize=7.5, length=2, pad=1.5)
-    figure.text(0.193, 1 - 0.155 / height, "gradient norm", ha="right", va="center", color=QUIET, fontsize=8)
+    figure.text(0.193, 1 - 0.155 / height, tr(quantity.key), ha="right", va="center", color=QUIET, fontsize=8)
     marks = [
-        Patch(facecolor="none", edgecolor=NON_FINITE, hatch="/////", linewidth=0, label="non-finite"),
-        Patch(facecolor="none", edgecolor=QUIET, hatch="xxxx", linewidth=0, label="zero"),
-        Patch(facecolor="none", edgecolor=QUIET, hatch="....", linewidth=0, label="no gradient"),
-        Patch(facecolor="none", edgecolor=RULE, linewidth=0.8, label="frozen (blank)"),
+        Patch(facecolor="none", edgecolor=NON_FINITE, hatch="/////", linewidth=0, label=tr("non-finite")),
+        Patch(facecolor="none", edgecolor=QUIET, hatch="xxxx", linewidth=0, label=tr("zero")),
     ]
+    if quantity.states:
+        marks += [
+            Patch(facecolor="none", edgecolor=QUIET, hatch="....", linewidth=0, label=tr("no gradient")),
+            Patch(facecolor="none", edgecolor=RULE, linewidth=0.8, label=tr("frozen (blank)")),
+        ]
+    else:
+        marks.append(Patch(facecolor="none", edgecolor=RULE, linewidth=0.8, label=tr("not measured (blank)")))
     figure.legend(
         handles=marks, loc="upper right", bbox_to_anchor=(RIGHT + 0.07, 1 - 0.02 / height), ncols=4, frameon=False,
         fontsize=8, labelcolor=INK, handlelength=1.8, columnspacing=1.3, borderaxespad=0,
     )  # fmt: skip
 
 
-def _grouped_note(traces: Sequence[Trace], grids: Sequence[tuple[Trace, Grid]]) -> str:
-    count = max(len(gradient_modules(trace.run)) for trace in traces)
-    shown = max(len(grid.names) for _, grid in grids)
-    return (
-        f"{count} modules are grouped to {shown} rows by their names (root of the sum of squares)."
-        if count > shown
-        else ""
+def _caption(traces: Sequence[Trace], grids: Sequence[tuple[Trace, Grid]], quantity: Quantity) -> str:
+    told = tr(
+        "{what}; largest of each of at most {bins} time bins; one colour scale.",
+        what=tr(quantity.caption),
+        bins=COLUMNS,
     )
+    count = max(len(quantity.modules(trace.run)) for trace in traces)
+    shown = max(len(grid.names) for _, grid in grids)
+    if count <= shown:
+        return told
+    grouped = tr(
+        "{count} modules are grouped to {shown} rows by their names (root of the sum of squares)."
+        if quantity.states
+        else "{count} modules are grouped to {shown} rows by their names (the largest).",
+        count=count,
+        shown=shown,
+    )
+    return f"{told} {grouped}"
 
 
-def _alt(grids: Sequence[tuple[Trace, Grid]]) -> str:
+def _alt(grids: Sequence[tuple[Trace, Grid]], quantity: Quantity) -> str:
     parts = []
     for trace, grid in grids:
         bad = int((grid.state == NONFINITE).any(axis=1).sum())
         largest = float(np.nanmax(grid.norm)) if np.isfinite(grid.norm).any() else None
         parts.append(
-            f"{trace.label}: largest norm {text(largest)}, non-finite gradients in {bad} of {len(grid.names)} rows"
+            tr(
+                "{name}: largest {largest}, non-finite in {bad} of {rows} rows",
+                name=trace.label,
+                largest=text(largest),
+                bad=bad,
+                rows=len(grid.names),
+            )
         )
-    return "Gradient norm by module and step. " + "; ".join(parts) + "."
+    return tr("{title}. {runs}.", title=tr(quantity.title), runs="; ".join(parts))

@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 from bifusion_diag.diagnosis.instruments import GRADIENT_COSINE, GRADIENT_SHARE, UPDATE_RATIO, matching
 from bifusion_diag.record.schema import Series
+from bifusion_diag.reports.language import tr
 from bifusion_diag.reports.numbers import text
 from bifusion_diag.reports.palette import ACCENT, BASELINE, CATEGORY, QUIET, RULE
 from bifusion_diag.reports.plots.timeline import Trace
-from bifusion_diag.reports.reduce import WINDOW, bins, min_max, smoothed
+from bifusion_diag.reports.reduce import WINDOW, bins, smoothed
 from bifusion_diag.reports.svg import (
     LEFT,
     RIGHT,
@@ -26,6 +27,7 @@ from bifusion_diag.reports.svg import (
     time_limits,
     title,
 )
+from bifusion_diag.reports.zoom import Zoom
 
 BINS = 200
 PAIRS = 4  # of terms that are drawn; the measures have them all
@@ -56,31 +58,46 @@ def draw_updates(trace: Trace, name: str) -> Plot | None:
     quarters[:, known] = np.nanpercentile(table[:, known], [25, 50, 75], axis=0)
     largest = max(ratios, key=lambda module: ratios[module].stats.max or 0.0)
     number = ratios[largest].stats.max
+    zoom = Zoom()
     with drawing(2.7) as figure:
-        axes = figure.add_axes((LEFT, 0.17, RIGHT - LEFT, 0.73))
-        axes.fill_between(x, bottom, top, color=ACCENT, alpha=0.2, linewidth=0)
+        axes = zoom.panel(figure.add_axes((LEFT, 0.17, RIGHT - LEFT, 0.73)))
+        zoom.stretch(axes.fill_between(x, bottom, top, color=ACCENT, alpha=0.2, linewidth=0))
         low, middle, high = (_over(np.fmax, row[None], edges) for row in quarters)
-        axes.fill_between(x, low, high, color=ACCENT, alpha=0.4, linewidth=0)
-        axes.plot(x, middle, color=ACCENT, linewidth=1.5)
+        zoom.stretch(axes.fill_between(x, low, high, color=ACCENT, alpha=0.4, linewidth=0))
+        zoom.curve(axes, x, middle, color=ACCENT, linewidth=1.5)
         axes.set_yscale("log")
         log_axis(axes.yaxis)
         time_limits(axes, int(run.steps[0]), int(run.steps[-1]))
         axes.grid(axis="y", color=RULE, linewidth=0.5)
-        axes.set_xlabel("step")
-        labels = [("largest", _last(top), QUIET), ("median", _last(middle), ACCENT), ("smallest", _last(bottom), QUIET)]
+        axes.set_xlabel(tr("step"))
+        labels = [
+            (tr("largest"), _last(top), QUIET),
+            (tr("median"), _last(middle), ACCENT),
+            (tr("smallest"), _last(bottom), QUIET),
+        ]
         end_labels(axes, labels)
-        alt = (
-            f"Update ratio of {len(ratios)} modules of {trace.label}: median "
-            f"{text(trace.measures.number('update_ratio/p50'))}, largest {text(number)} in {largest}."
+        alt = tr(
+            "Update ratio of {count} modules of {name}: median {median}, largest {largest} in {module}.",
+            count=len(ratios),
+            name=trace.label,
+            median=text(trace.measures.number("update_ratio/p50")),
+            largest=text(number),
+            module=largest,
         )
         return Plot(
             name,
-            f"How far weights move in a step, ‖Δw‖ ÷ ‖w‖, {trace.label}",
-            f"Of {len(ratios)} modules: line the median, dark the middle half, light all (log axis). Largest: "
-            f"{text(number)} in {largest}.",
+            tr("How far weights move in a step, ‖Δw‖ ÷ ‖w‖, {name}", name=trace.label),
+            tr(
+                "Of {count} modules: line the median, dark the middle half, light all (log axis). "
+                "Largest: {largest} in {module}.",
+                count=len(ratios),
+                largest=text(number),
+                module=largest,
+            ),
             alt,
             render(figure, name, alt),
             time_axis(axes),
+            zoom=zoom.data(),
         )
 
 
@@ -100,46 +117,60 @@ def draw_gradients(trace: Trace, name: str, *, colours: Mapping[str, str] | None
     colours = {term: CATEGORY[place % len(CATEGORY)] for place, term in enumerate(shares)} | dict(colours or {})
     drawn = {term: series for term, series in shares.items() if series.stats.max}  # not what is zero at every step
     worst = sorted(cosines, key=lambda pair: cosines[pair].stats.p50 or 0.0)[:PAIRS]
+    zoom = Zoom()
     with drawing(4.4 if worst else 2.7) as figure:
         grid = figure.add_gridspec(
             1 + bool(worst), 1, left=LEFT, right=RIGHT, top=0.94, bottom=0.11 if worst else 0.17, hspace=0.3
         )
-        panels = [figure.add_subplot(grid[row]) for row in range(1 + bool(worst))]
+        panels = [zoom.panel(figure.add_subplot(grid[row])) for row in range(1 + bool(worst))]
         for axes, limits in zip(panels, ((0, 1), (-1.05, 1.05)), strict=False):
             time_limits(axes, int(run.steps[0]), int(run.steps[-1]))
             axes.set_ylim(*limits)
             axes.grid(axis="y", color=RULE, linewidth=0.5)
             axes.tick_params(labelbottom=axes is panels[-1])
-        _draw_curves(panels[0], {term: (series, colours[term]) for term, series in drawn.items()})
-        title(panels[0], "Share of the gradient")
+        _draw_curves(zoom, panels[0], {term: (series, colours[term]) for term, series in drawn.items()})
+        title(panels[0], tr("Share of the gradient"))
         if worst:
             pairs = {"\n/ ".join(pair.split("/")): cosines[pair] for pair in worst}
             places = {pair: CATEGORY[(place + 4) % len(CATEGORY)] for place, pair in enumerate(pairs)}
             panels[1].axhline(0, color=BASELINE, linewidth=0.8)
-            _draw_curves(panels[1], {pair: (series, places[pair]) for pair, series in pairs.items()}, gap=0.22)
-            title(panels[1], "Cosine between terms" + (f", the {PAIRS} smallest" if len(cosines) > PAIRS else ""))
-        panels[-1].set_xlabel("step")
+            _draw_curves(zoom, panels[1], {pair: (series, places[pair]) for pair, series in pairs.items()}, gap=0.22)
+            some = len(cosines) > PAIRS
+            title(
+                panels[1],
+                tr("Cosine between terms, the {count} smallest" if some else "Cosine between terms", count=PAIRS),
+            )
+        panels[-1].set_xlabel(tr("step"))
         told = ", ".join(f"{term} {text(series.stats.p50)}" for term, series in shares.items())
         against = [pair for pair in cosines if (cosines[pair].stats.p50 or 0.0) < 0]
         fight = ""
         if against:
-            smallest = f"{' and '.join(worst[0].split('/'))} ({text(cosines[worst[0]].stats.p50)})"
-            fight = (
-                f" The median cosine is below 0 for {len(against)} of {len(cosines)} pairs of terms, smallest for "
-                f"{smallest}: they pull in opposite directions."
+            one, _, other = worst[0].partition("/")
+            fight = " " + tr(
+                "The median cosine is below 0 for {n} of {pairs} pairs of terms, smallest for {one} and {other} "
+                "({cosine}): they pull in opposite directions.",
+                n=len(against),
+                pairs=len(cosines),
+                one=one,
+                other=other,
+                cosine=text(cosines[worst[0]].stats.p50),
             )
-        alt = f"Share of each loss term in the gradient of {trace.label}, medians: {told}.{fight}"
+        alt = tr("Share of each loss term in the gradient of {name}, medians: {told}.", name=trace.label, told=told)
+        caption = tr(
+            "Norm of the weighted term's gradient on shared modules ÷ the sum of all. Medians: {told}.", told=told
+        )
         return Plot(
             name,
-            f"Which term moves the shared weights, {trace.label}",
-            f"Norm of the weighted term's gradient on shared modules ÷ the sum of all. Medians: {told}.{fight}",
-            alt,
-            render(figure, name, alt),
+            tr("Which term moves the shared weights, {name}", name=trace.label),
+            caption + fight,
+            alt + fight,
+            render(figure, name, alt + fight),
             time_axis(panels[-1]),
+            zoom=zoom.data(),
         )
 
 
-def _draw_curves(axes: Axes, curves: Mapping[str, tuple[Series, str]], gap: float = 0.12) -> None:
+def _draw_curves(zoom: Zoom, axes: Axes, curves: Mapping[str, tuple[Series, str]], gap: float = 0.12) -> None:
     """Thin each measured step, bold the running median of many; steps that were not measured leave no gap."""
     labels = []
     for words, (series, colour) in curves.items():
@@ -148,9 +179,12 @@ def _draw_curves(axes: Axes, curves: Mapping[str, tuple[Series, str]], gap: floa
         if not series.exact:  # ends with its last bucket
             x, y = np.append(x, series.last[known][-1:]), np.append(y, y[-1:])
         smooth = smoothed(y)
-        axes.plot(*min_max(x, y), color=colour, linewidth=0.5, alpha=0.4)
-        few = x.size < 2 * WINDOW  # marks that may be all there is, whole also at the axis
-        axes.plot(*min_max(x, smooth), color=colour, linewidth=1.5, marker="." if few else None, clip_on=not few)
+        zoom.curve(axes, x, y, color=colour, linewidth=0.5, alpha=0.4)
+        few = x.size < 2 * WINDOW
+        if few:  # marks may be all there is
+            zoom.curve(axes, x, smooth, color=colour, linewidth=1.5, marker=".", clip_on=False)
+        else:
+            zoom.curve(axes, x, smooth, color=colour, linewidth=1.5)
         labels.append((words, _last(smooth), colour))
     end_labels(axes, labels, gap=gap)
 
@@ -168,37 +202,49 @@ def draw_throughput(trace: Trace, name: str) -> Plot | None:
         alike = series is not None and np.array_equal(series.steps, step.steps)
         rows[phase] = _mean_over(series.value, edges) if series is not None and alike else np.zeros(len(edges))
     rows["rest"] = np.maximum(rows["step"] - rows["forward"] - rows["backward"] - rows["update"], 0)
+    zoom = Zoom()
     with drawing(2.6) as figure:
-        axes = figure.add_axes((LEFT, 0.18, RIGHT - LEFT, 0.72))
+        axes = zoom.panel(figure.add_axes((LEFT, 0.18, RIGHT - LEFT, 0.72)))
         left = np.append(step.steps[edges], int(run.steps[-1]) + 1)
         bottom = np.zeros(len(edges))
         labels = []
         for phase, words, colour in PHASES:
-            axes.stairs(bottom + rows[phase], left, baseline=bottom, fill=True, color=colour, alpha=0.8, linewidth=0)
+            top = bottom + rows[phase]
+            zoom.stretch(axes.stairs(top, left, baseline=bottom, fill=True, color=colour, alpha=0.8, linewidth=0))
             if rows[phase].any():
-                labels.append((words, float(bottom[-1] + rows[phase][-1] / 2), colour))
+                labels.append((tr(words), float(bottom[-1] + rows[phase][-1] / 2), colour))
             bottom = bottom + rows[phase]
         time_limits(axes, int(run.steps[0]), int(run.steps[-1]) + 1)
         # One slow step, such as one before which the model was evaluated, must not flatten all others.
         axes.set_ylim(0, min(float(bottom.max()), 3 * float(np.median(bottom))) * 1.05 or 1.0)
-        axes.set_ylabel("s")
-        axes.set_xlabel("step")
+        axes.set_ylabel("s")  # a unit
+        axes.set_xlabel(tr("step"))
         end_labels(axes, labels)
-        medians = {words: trace.measures.number(f"throughput/{phase}_seconds") for phase, words, _ in PHASES}
+        medians = {tr(words): trace.measures.number(f"throughput/{phase}_seconds") for phase, words, _ in PHASES}
         told = ", ".join(f"{words} {text(value)} s" for words, value in medians.items() if value is not None)
-        memory = trace.measures.number("throughput/device_peak_mib")
-        kind = "CUDA memory" if memory is not None else "memory of the process"
-        memory = trace.measures.number("throughput/peak_resident_mib") if memory is None else memory
-        took = f" Peak {kind}: {text(memory, whole=True)} MiB." if memory is not None else ""
-        alt = f"Seconds of a step by phase, {trace.label}; medians: {told}.{took}"
+        took = _memory(trace)
+        alt = tr("Seconds of a step by phase, {name}; medians: {told}.", name=trace.label, told=told) + took
+        caption = tr("Seconds, mean over {bins} time bins at most. Medians: {told}.", bins=BINS, told=told)
         return Plot(
             name,
-            f"Where the time goes, {trace.label}",
-            f"Seconds, mean over {BINS} time bins at most. Medians: {told}.{took}",
+            tr("Where the time goes, {name}", name=trace.label),
+            caption + took,
             alt,
             render(figure, name, alt),
             time_axis(axes),
+            zoom=zoom.data(),
         )
+
+
+def _memory(trace: Trace) -> str:
+    """The peak of the device's memory, or of the process's, as a sentence; "" where neither was measured."""
+    device = trace.measures.number("throughput/device_peak_mib")
+    if device is not None:
+        return " " + tr("Peak CUDA memory: {mib} MiB.", mib=text(device, whole=True))
+    resident = trace.measures.number("throughput/peak_resident_mib")
+    return (
+        "" if resident is None else " " + tr("Peak memory of the process: {mib} MiB.", mib=text(resident, whole=True))
+    )
 
 
 def _positive(values: NDArray[np.float64]) -> NDArray[np.float64]:

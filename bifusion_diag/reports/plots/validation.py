@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from bifusion_diag.diagnosis.names import AP50, MIOU
 from bifusion_diag.diagnosis.validation import against, evaluated_at, same_validation
+from bifusion_diag.reports.language import tr
 from bifusion_diag.reports.numbers import text
 from bifusion_diag.reports.palette import RULE
 from bifusion_diag.reports.plots.timeline import READOUT, Trace, span
@@ -27,6 +28,7 @@ from bifusion_diag.reports.svg import (
     time_limits,
     title,
 )
+from bifusion_diag.reports.zoom import Zoom
 
 METRICS = {MIOU: ("mIoU", "Validation mIoU"), AP50: ("AP50", "Validation AP50, class-agnostic")}
 MARKED = 60  # evaluations up to which each has a dot
@@ -45,27 +47,29 @@ def draw_validation(traces: Sequence[Trace]) -> Plot | None:
     metrics = {name: found for name in METRICS if (found := _curves(traces, name))}
     if not metrics:
         return None
+    zoom = Zoom()
     height = 1.55 * len(metrics) + 0.45
     with drawing(height) as figure:
         grid = figure.add_gridspec(
             len(metrics), 1, left=LEFT, right=RIGHT, top=1 - 0.28 / height, bottom=0.45 / height, hspace=0.42
         )
-        panels = [figure.add_subplot(grid[row]) for row in range(len(metrics))]
+        panels = [zoom.panel(figure.add_subplot(grid[row])) for row in range(len(metrics))]
         for axes, (name, curves) in zip(panels, metrics.items(), strict=True):
             time_limits(axes, *span(traces))
-            _draw_curves(axes, curves)
-            title(axes, METRICS[name][1])
+            _draw_curves(axes, curves, zoom)
+            title(axes, tr(METRICS[name][1]))
             axes.tick_params(labelbottom=axes is panels[-1])
-        panels[-1].set_xlabel("step")
+        panels[-1].set_xlabel(tr("step"))
         alt = _alt(metrics)
         return Plot(
             "validation",
-            "mIoU and AP50 on validation scenes" + _labels(traces),
+            tr("mIoU and AP50 on validation scenes") + _labels(traces),
             _note(metrics),
             alt,
             render(figure, "validation", alt),
             time_axis(panels[-1]),
             _readout(metrics),
+            zoom=zoom.data(),
         )
 
 
@@ -74,17 +78,17 @@ def _labels(traces: Sequence[Trace]) -> str:
     traces = [trace for trace in traces if trace.run.names("eval/")]
     words = {trace.label: against(trace.run) for trace in traces}
     if len({*words.values()}) == 1:
-        return "".join(f", {each}" for each in list(words.values())[:1] if each)
-    return "".join(f", {label} {each}" for label, each in words.items() if each)
+        return "".join(f", {tr(each)}" for each in list(words.values())[:1] if each)
+    return "".join(f", {label} {tr(each)}" for label, each in words.items() if each)
 
 
 def _note(metrics: Mapping[str, Sequence[_Curve]]) -> str:
     """Which weights a point is of, and whether the curves may be compared."""
-    note = "At a step: the weights that it begins with; at the last step of all, those after it."
+    note = tr("At a step: the weights that it begins with; at the last step of all, those after it.")
     runs = [curve.trace.run for curves in metrics.values() for curve in curves]
     if all(same_validation(runs[0], run) for run in runs):
         return note
-    return f"{note} The runs were evaluated on different scenes: their curves cannot be compared."
+    return f"{note} {tr('The runs were evaluated on different scenes: their curves cannot be compared.')}"
 
 
 def _curves(traces: Sequence[Trace], name: str) -> list[_Curve]:
@@ -92,12 +96,12 @@ def _curves(traces: Sequence[Trace], name: str) -> list[_Curve]:
     return [curve for curve in curves if curve.steps.size]
 
 
-def _draw_curves(axes: Axes, curves: Sequence[_Curve]) -> None:
+def _draw_curves(axes: Axes, curves: Sequence[_Curve], zoom: Zoom) -> None:
     for curve in curves:
         dot = "o" if curve.steps.size <= MARKED else ""
         colour = curve.trace.colour
-        x, y = min_max(curve.steps, curve.values)
-        axes.plot(x, y, color=colour, linewidth=1.4, marker=dot, markersize=3, clip_on=False)
+        style = {"color": colour, "linewidth": 1.4, "marker": dot, "markersize": 3, "clip_on": False}
+        zoom.curve(axes, curve.steps, curve.values, **style)
     axes.set_ylim(bottom=0, top=None if any(curve.values.any() for curve in curves) else 0.1)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: text(float(value))))
     axes.grid(axis="y", color=RULE, linewidth=0.5)
@@ -111,7 +115,7 @@ def _alt(metrics: Mapping[str, Sequence[_Curve]]) -> str:
         for name, curves in metrics.items()
         for curve in curves
     ]
-    return f"mIoU and AP50 on validation scenes over time. At the last evaluation: {'; '.join(last)}."
+    return tr("mIoU and AP50 on validation scenes over time. At the last evaluation: {told}.", told="; ".join(last))
 
 
 def _readout(metrics: Mapping[str, Sequence[_Curve]]) -> dict[str, tuple[list[int], list[float | None]]]:

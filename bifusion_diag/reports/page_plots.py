@@ -1,0 +1,113 @@
+"""The plots of the page by section, and what no run has recorded for one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from bifusion_diag.diagnosis.names import loss_terms
+from bifusion_diag.diagnosis.quantity import NotMeasured
+from bifusion_diag.reports.budget import Budget
+from bifusion_diag.reports.language import tr
+from bifusion_diag.reports.palette import CATEGORY
+from bifusion_diag.reports.plots import (
+    QUANTITIES,
+    Trace,
+    draw_alpha,
+    draw_clip_ranges,
+    draw_gradients,
+    draw_heatmap,
+    draw_projection,
+    draw_terms,
+    draw_throughput,
+    draw_updates,
+)
+from bifusion_diag.reports.plots.scene import draw_scene
+from bifusion_diag.reports.scene import scene_panel
+from bifusion_diag.reports.svg import Plot
+
+Drawn = tuple[list[Plot], list[str]]  # plots, and a sentence for what no run has
+
+
+def why(traces: Sequence[Trace], budget: Budget) -> Drawn:
+    """The plots of losses, features, projection and gate of every run that has them, and what no run has."""
+    colours = _term_colours(traces)
+    some = traces[-budget.runs :]  # the last ones are judged
+    plots, gaps = _drawn(
+        some,
+        (
+            "terms",
+            partial(draw_terms, colours=colours),
+            "Not measured: no run recorded the losses by term (probe losses).",
+        ),
+        (
+            "gradients",
+            partial(draw_gradients, colours=colours),
+            "Not measured: no run recorded each term's share of the gradient in shared modules, and conflicts between "
+            "terms (probe loss_gradients).",
+        ),
+        (
+            "updates",
+            draw_updates,
+            "Not measured: no run recorded how far weights move, ‖Δw‖ ÷ ‖w‖ (probe updates).",
+        ),
+        ("clip", draw_clip_ranges, "Not measured: no run recorded the CLIP features (probe clip)."),
+        ("projection", draw_projection, "Not measured: no run recorded the projection (probe projection)."),
+        ("alpha", draw_alpha, "Not measured: no run recorded the gate (probe gate)."),
+    )
+    scenes, lacking = _scenes(some)
+    plots += scenes
+    gaps += lacking
+    if not any(trace.run.names("eval/") for trace in traces):
+        gaps.append(tr("Not measured: mIoU and AP on validation scenes (train with --evaluate-every)."))
+    return plots, [*gaps, *_not_drawn(traces, some)]
+
+
+def cost(traces: Sequence[Trace], budget: Budget) -> Drawn:
+    """Where the time goes."""
+    gap = "Not measured: no run recorded where the time of a step goes (probe throughput)."
+    return _drawn(traces[-budget.runs :], ("throughput", draw_throughput, gap))
+
+
+def heatmaps(traces: Sequence[Trace], budget: Budget) -> list[Plot]:
+    """Gradient norms by module, and what else was recorded by module."""
+    some = [trace for place, trace in enumerate(traces) if place == 0 or place > len(traces) - budget.runs]
+    drawn = [draw_heatmap(some, quantity) for quantity in QUANTITIES[: budget.heatmaps]]
+    return [plot for plot in drawn if plot is not None]
+
+
+def _scenes(traces: Sequence[Trace]) -> Drawn:
+    """α painted on a scene, beside the gate's histogram; and why not, where no run has it."""
+    plots: list[Plot] = []
+    reasons: dict[str, None] = {}
+    for index, trace in enumerate(traces):
+        panel = scene_panel(trace.run, trace.label)
+        if isinstance(panel, NotMeasured):
+            reasons[panel.reason] = None
+        else:
+            plots.append(draw_scene(panel, f"scene{index}"))
+    told = [tr("Not measured: α on a scene: {why}.", why=reason) for reason in reasons]
+    return plots, [] if plots else told[:1]
+
+
+def _not_drawn(traces: Sequence[Trace], some: Sequence[Trace]) -> list[str]:
+    left_out = [trace.label for trace in traces if trace not in some]
+    return [tr("Not drawn, for this page's size: {names}.", names=", ".join(left_out))] if left_out else []
+
+
+def _drawn(traces: Sequence[Trace], *kinds: tuple[str, Callable[[Trace, str], Plot | None], str]) -> Drawn:
+    """Plots of every run, and a sentence for every kind that no run has."""
+    plots: list[Plot] = []
+    gaps: list[str] = []
+    for kind, draw, gap in kinds:
+        drawn = [draw(trace, f"{kind}{index}") for index, trace in enumerate(traces)]
+        plots += [plot for plot in drawn if plot is not None]
+        if not any(drawn):
+            gaps.append(tr(gap))
+    return plots, gaps
+
+
+def _term_colours(traces: Sequence[Trace]) -> dict[str, str]:
+    """One colour a loss term, the same in every run."""
+    terms = dict.fromkeys(term for trace in traces for term in loss_terms(trace.run, "weighted"))
+    return {term: CATEGORY[place % len(CATEGORY)] for place, term in enumerate(terms)}
