@@ -70,7 +70,10 @@ def open_record(path: Path) -> RecordReader | None:
     """
     if (path / HEADER_FILE).exists() or (path.is_dir() and path.suffix == ".record"):
         return RecordReader(path)
-    return read_source(path) if path.is_dir() or (path.is_file() and kind_of(path) is not None) else None
+    foreign = path.is_dir() or (path.is_file() and kind_of(path) is not None)
+    if foreign or (path.exists() and not path.is_file()):  # a pipe would be waited for: that is refused, too
+        return read_source(path)
+    return None
 
 
 def _read(path: Path) -> Run:

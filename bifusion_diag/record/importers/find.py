@@ -55,8 +55,9 @@ def find_format(path: Path, format: str | None = None) -> Found:
     """
     if path.is_dir():
         return _in_folder(path, format)
-    if not path.exists():
-        raise RecordError(f"{path}: cannot be read: there is no such file or folder.")
+    if not path.is_file():
+        what = "it is no file" if path.exists() else "there is no such file or folder"
+        raise RecordError(f"{path}: cannot be read: {what}.")
     kind = format or kind_of(path)
     if kind is None:
         raise RecordError(f"{path}: not a run record, nor a log that is known. Looked for: {LOOKED_FOR}.")
@@ -117,7 +118,10 @@ def _in_folder(folder: Path, format: str | None) -> Found:
     candidates = _candidates(folder)
     by_format: dict[str, dict[Path, list[Path]]] = {}
     for path in candidates:
-        kind = kind_of(path)
+        try:
+            kind = kind_of(path)
+        except RecordError:  # another user's file, a link to nowhere: the others may be what is meant
+            continue
         if kind is not None:
             by_format.setdefault(kind, {}).setdefault(_root(kind, path, folder), []).append(path)
     kinds = [kind for kind in FORMATS if kind in by_format and format in (None, kind)]
@@ -151,7 +155,8 @@ def _candidates(folder: Path) -> list[Path]:
         entries += len(folders) + len(files)
         if entries > MAX_ENTRIES:
             raise RecordError(f"{folder}: more than {MAX_ENTRIES} files are in it. Give the folder of one run.")
-        found += [Path(here) / name for name in sorted(files) if _could_be(name)]
+        paths = (Path(here) / name for name in sorted(files) if _could_be(name))
+        found += [path for path in paths if path.is_file()]  # and no pipe
     return found
 
 

@@ -12,13 +12,15 @@ from bifusion_diag.record.importers.source import Smoothing, lines, number
 
 MEANS = r".*(loss|time|data_time|grad_norm).*"  # the names that MMEngine averages, unless told otherwise
 DEFAULT_WINDOW = 10  # of MMEngine's LogProcessor
+MAX_ROW = 50_000  # letters of a row
 HEAD_LINES = 60_000  # of a log, in which its configuration is looked for
 _HEADER = re.compile(
     r"(?P<kind>Epoch|Iter)(?:\((?P<mode>train|val|test)\))?\s*\[\s*(?P<one>\d+)(?:/\s*(?P<of>\d+))?\]"
     r"(?:\[\s*(?P<inner>\d+)(?:/\s*(?P<per>\d+))?\])?"
 )
 _STAMP = re.compile(r"(\d{4})[-/](\d{2})[-/](\d{2}) (\d{2}:\d{2}:\d{2})")
-_PAIR = re.compile(r"(\S+): +(\S+)")
+_PAIR = re.compile(r"(\S{1,200}): {1,8}(\S{1,200})")  # bounded: a damaged line may have a million letters
+_SIMPLE = re.compile(r"\.\*\([\w|]{1,300}\)\.\*")
 _NO_VALUES = {"eta", "exp"}
 
 
@@ -74,7 +76,7 @@ def is_header(line: str) -> re.Match[str] | None:
 def _row(match: re.Match[str], rest: str) -> LogRow | None:
     values: dict[str, float] = {}
     broken = 0
-    for name, text in _PAIR.findall(rest):
+    for name, text in _PAIR.findall(rest[:MAX_ROW]):
         if name in _NO_VALUES:
             continue
         value = number(text.rstrip(","))
@@ -185,13 +187,11 @@ def window_of(settings: Mapping[str, Any], per_epoch: int | None, last: int) -> 
             if isinstance(steps, int) and steps > 0:
                 name = str(entry.get("log_name") or entry["data_src"])
                 others[name.removeprefix("train/")] = steps
-    pattern = processor.get("mean_pattern")
-    if isinstance(pattern, str):
-        try:
-            re.compile(pattern)
-        except re.error:
-            pattern = None
-    return Smoothing(window, source, others, pattern if isinstance(pattern, str) else MEANS)
+    pattern = str(processor.get("mean_pattern", MEANS))
+    if not _SIMPLE.fullmatch(pattern):  # a log's own pattern could be one that takes forever
+        source += "; its mean_pattern is not read"
+        pattern = MEANS
+    return Smoothing(window, source, others, pattern)
 
 
 def planned_of(settings: Mapping[str, Any], per_epoch: int | None) -> int | None:

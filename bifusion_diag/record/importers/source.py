@@ -17,6 +17,7 @@ import numpy as np
 from bifusion_diag.record.schema import Event, Floats, Ints, RecordError
 
 MAX_LINE = 1 << 20  # bytes; longer ones are no log's
+MAX_PIECES = 100  # of a broken line
 LAST_STEP = 1 << 53
 RESUME = "resume"
 
@@ -190,7 +191,9 @@ def objects(path: Path, keys: Sequence[str]) -> Iterator[dict[str, Any] | None]:
 def _saved(text: str, keys: Sequence[str], decoder: json.JSONDecoder) -> Iterator[dict[str, Any]]:
     """Whole objects of a line that two processes wrote into."""
     place = text.find("{")
-    while place >= 0:
+    for _ in range(MAX_PIECES):  # a line of nothing but braces would be tried at each
+        if place < 0:
+            return
         try:
             found, place = decoder.raw_decode(text, place)
             if isinstance(found, dict) and any(key in found for key in keys):
