@@ -32,6 +32,8 @@ class FlowProbe(FieldProbe):
         sides: where its arguments keep the two sides, (R, C) each; of several pairs, the first that the term reaches.
         index: where they keep the row (R,) of the first side that each row of the second is compared with, if the first
             has fewer rows.
+        valid: where they keep which rows (R,) bool are compared, if the first has as many. Where that is not there, the
+            rows with a gradient are counted: `gain` is then too small where the loss is saturated for some pairs.
         modules: name patterns of the module; "*" is any whose output has the term.
     """
 
@@ -54,12 +56,13 @@ class FlowProbe(FieldProbe):
         term: str = "terms.clip_align",
         sides: Sequence[tuple[str, str]] = SIDES,
         index: str = "1.scene_index",
+        valid: str = "0.encoder.valid",
         modules: Sequence[str] = ("*",),
         name: str | None = None,
         every: int | Schedule | None = None,
     ) -> None:
         super().__init__(modules=modules, name=name, every=every)
-        self.term, self.sides, self.index = term, tuple(sides), index
+        self.term, self.sides, self.index, self.valid = term, tuple(sides), index, valid
 
     def attach(self, subject: Subject) -> None:
         self._subject = subject
@@ -85,11 +88,21 @@ class FlowProbe(FieldProbe):
                 continue  # the term depends on another pair
             at_first = arrived[1] if len(arrived) > 1 and arrived[1] is not None else torch.zeros_like(first)
             rows = None if len(first) == len(second) else _argument(call, self.index)
-            self.record(tuple(self.TABLE), compare(first.detach(), second.detach(), at_first, arrived[0], rows))
+            valid = _argument(call, self.valid) if rows is None else torch.ones_like(rows, dtype=torch.bool)
+            valid = valid if isinstance(valid, Tensor) and valid.shape == (len(second),) else None
+            values = compare(first.detach(), second.detach(), at_first, arrived[0], rows, valid)
+            self.record(tuple(self.TABLE), values)
             return
 
 
-def compare(first: Tensor, second: Tensor, at_first: Tensor, at_second: Tensor, rows: Tensor | None) -> list[Tensor]:
+def compare(
+    first: Tensor,
+    second: Tensor,
+    at_first: Tensor,
+    at_second: Tensor,
+    rows: Tensor | None,
+    valid: Tensor | None = None,
+) -> list[Tensor]:
     """The numbers of :class:`FlowProbe`, in the order of its table.
 
     Args:
@@ -98,6 +111,7 @@ def compare(first: Tensor, second: Tensor, at_first: Tensor, at_second: Tensor, 
         at_first: (P, C), the gradient there.
         at_second: (R, C), the gradient there.
         rows: (R,) int64, which row of the first each row of the second is compared with; None where P = R, its own.
+        valid: (R,) bool, the rows that are compared; None where that is not known: those with a gradient.
 
     Returns:
         () float64 tensors.
@@ -122,6 +136,7 @@ def compare(first: Tensor, second: Tensor, at_first: Tensor, at_second: Tensor, 
     if free is not None:
         dot, square = (at_first.double() * free).sum(), free.square().sum()
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in (at_first, at_second)]
+    pairs = pairs if valid is None else valid.sum()
     gain = torch.where(pairs > 0, pairs * steepest, torch.nan)
     return [dot / square, gain, *norms]
 

@@ -118,6 +118,6 @@ def train_fusion(model: FusionClassifier, *, weight: float = 0.1, only_align: bo
         found = model.losses(x, labels, weight)
         return {"clip_align": found["clip_align"]} if only_align else found
 
-    probes: list[str | Probe] = ["grads", "losses", "weights", ClipProbe(), GateProbe()]
+    probes: list[str | Probe] = ["grads", "losses", "weights", "updates", ClipProbe(), GateProbe()]
     probes.append(FlowProbe(modules=["align"], term="", sides=[("0", "1")]))
     return train(model, options.pop("steps", 120), losses=losses, probes=probes, **options)
