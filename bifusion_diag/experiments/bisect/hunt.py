@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from bifusion_diag.diagnosis import assess_run
-from bifusion_diag.diagnosis.incidents import incidents_of
+from bifusion_diag.diagnosis import Measures, assess_run, measure
+from bifusion_diag.diagnosis.incidents import RecordedIncident, incidents_of
 from bifusion_diag.experiments.bisect.laboratory import BudgetSpentError, Laboratory, Verdict, smallest_bad
 from bifusion_diag.experiments.bisect.result import (
     Cause,
@@ -118,9 +118,9 @@ def _start(laboratory: Laboratory, verdict: Verdict) -> Start | None:
         run = load_run(laboratory.folder / entry["record"])
     except RecordError:
         return None
-    incidents = incidents_of(run)
-    if incidents:
-        first = incidents[0]
+    measures = measure(run) if len(run.steps) else Measures({})
+    first = telling(incidents_of(run), measures.bad)
+    if first is not None:
         text = f"step {first.step}: {first.heading}. {first.explanation or first.message}"
         return Start(first.step, first.module, first.terms, first.mechanism, text)
     if not len(run.steps):
@@ -131,6 +131,13 @@ def _start(laboratory: Laboratory, verdict: Verdict) -> Start | None:
     worst = findings[0]
     step = worst.steps[0] if worst.steps else int(run.steps[-1])
     return Start(step, worst.module, () if worst.term is None else (worst.term,), worst.rule, str(worst.title))
+
+
+def telling(incidents: Sequence[RecordedIncident], bad: Sequence[int]) -> RecordedIncident | None:
+    """The incident that tells where a run became bad: the first one of a bad step, as a batch with odd values that does
+    no harm is an incident too; else the first one; None: there is none."""
+    of_bad = [incident for incident in incidents if incident.step in bad]
+    return next(iter([*of_bad, *incidents]), None)
 
 
 def _cure(laboratory: Laboratory, found: Found) -> Cure | None:
