@@ -112,7 +112,7 @@ def _share_of(form: object, features: Tensor, share: float) -> float:
     leaf = features.detach().requires_grad_()
     assert callable(form)
     (gradient,) = torch.autograd.grad(form(leaf, share).sum(), leaf)
-    return float(gradient.norm() / leaf.numel() ** 0.5)
+    return float(gradient.double().norm() / leaf.numel() ** 0.5)
 
 
 def _reached(bench: Bench, encoder: EncoderOutput, settings: ClipAlignSettings) -> dict[str, float]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 from bifusion_diag.diagnosis.phrase import join, say
 from bifusion_diag.experiments.audit.bench import Bench, Measured, part_of
@@ -40,7 +41,7 @@ def schedule(bench: Bench) -> Section:
     _short(draft, bench)
     _weighed_for_nothing(draft, bench)
     _gate_never(draft, bench)
-    _coincide(draft, phases)
+    _coincide(draft, bench)
     _late_release(draft, bench)
     return draft.done()
 
@@ -145,41 +146,57 @@ def _gate_learns(measured: Measured) -> bool:
     )
 
 
-def _coincide(draft: Draft, phases: Sequence[Phase]) -> None:
-    """Several things change at one step: what follows cannot be put down to one of them."""
-    worst: tuple[list[str], Phase] | None = None
-    changes: list[str]
-    for before, phase in itertools.pairwise(phases):
-        changes = []
-        if before.stage is not phase.stage:
-            changes.append(say("stage {name} begins", name=phase.stage.name))
-        if before.gate_held and not phase.gate_held:
-            changes.append(say("the gate is released"))
-        changes += [
-            say("{name} goes from {old:g} to {new:g}", name=name, old=before.weights[name], new=phase.weights[name])
-            for name in GROUPS
-            if before.weights[name] != phase.weights[name]
-        ]
-        stages = before.stage is not phase.stage or before.gate_held != phase.gate_held
-        weights = dict(before.weights) != dict(phase.weights)
-        if stages and weights and (worst is None or len(changes) > len(worst[0])):
-            worst = changes, phase
-    if worst is None:
-        draft.number("together", "most things that change at one step, stage and weights among them", 0)
+def _coincide(draft: Draft, bench: Bench) -> None:
+    """Several things change within a few steps: what follows cannot be put down to one of them."""
+    window = bench.thresholds.stage_steps
+    clusters: list[list[_Change]] = []
+    for change in _changes(bench.phases):
+        if clusters and change.step - clusters[-1][0].step < window:
+            clusters[-1].append(change)
+        else:
+            clusters.append([change])
+    mixed = [cluster for cluster in clusters if len({change.of_weights for change in cluster}) == 2]
+    worst = max(mixed, key=len, default=[])
+    title = say("most things that change within {window} steps, stage and weights among them", window=window)
+    together = draft.number("together", title, len(worst))
+    if not worst:
         return
-    changes, phase = worst
-    together = draft.number(
-        "together", "most things that change at one step, stage and weights among them", len(changes)
-    )
+    first, last = worst[0].step, worst[-1].step
     draft.report(
         RULE,
         "note",
-        say("Stage and loss weights change together at step {step}", step=phase.begin),
-        join([join(changes, "; "), "If the gradient jumps there, it cannot be told which of them did it."], ". "),
+        say("Stage and loss weights change together at step {step}", step=first)
+        if first == last
+        else say("Stage and loss weights change together at steps {first} to {last}", first=first, last=last),
+        join(
+            [
+                say("{changes}.", changes=join((change.text for change in worst), "; ")),
+                "If the gradient jumps there, it cannot be told which of them did it.",
+            ]
+        ),
         together,
-        steps=(phase.begin, phase.begin),
-        count=1,
+        steps=(first, last),
     )
+
+
+class _Change(NamedTuple):
+    step: int
+    of_weights: bool
+    text: str
+
+
+def _changes(phases: Sequence[Phase]) -> Iterator[_Change]:
+    """Everything that changes in the course of the run."""
+    for before, phase in pairwise(phases):
+        if before.stage is not phase.stage:
+            yield _Change(phase.begin, False, say("stage {name} begins", name=phase.stage.name))
+        if before.gate_held and not phase.gate_held:
+            yield _Change(phase.begin, False, "the gate is released")
+        for name in GROUPS:
+            old, new = before.weights[name], phase.weights[name]
+            if old != new:
+                text = say("{name} goes from {old:g} to {new:g}", name=name, old=old, new=new)
+                yield _Change(phase.begin, True, text)
 
 
 def _late_release(draft: Draft, bench: Bench) -> None:

@@ -1,0 +1,74 @@
+"""The audit as a whole: what it leaves behind, what it prints, its rules' pages."""
+
+from __future__ import annotations
+
+import json
+import re
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from bifusion_diag.diagnosis.rules.pages import SECTIONS, page_of, rule_ids
+from bifusion_diag.experiments.audit import Audit, audit
+from bifusion_diag.experiments.audit.terminal import print_audit
+from tests.experiments.audit.conftest import tiny
+
+ROOT = Path(__file__).resolve().parents[3]
+OWN = (
+    "few-points", "few-row-batchnorm", "frozen-in-optimiser", "frozen-with-gradient", "labels-missing",
+    "not-in-optimiser", "pose-not-rigid", "stage-too-short", "step-fails", "trainable-without-gradient",
+)  # fmt: skip
+
+
+def printed(found: Audit, width: int = 100) -> str:
+    stream = StringIO()
+    print_audit(Console(file=stream, width=width), found)
+    return stream.getvalue()
+
+
+def test_the_failing_state_on_flawed_scenes_fails_for_the_right_reasons(fragile: Audit) -> None:
+    errors = {finding.rule for finding in fragile.findings if finding.severity == "error"}
+    assert errors == {"projection-nonfinite", "empty-match"}
+    assert "near-zero-norm" in {finding.rule for finding in fragile.findings}
+    assert fragile.findings[0].severity == "error"
+
+
+def test_it_fits_a_screen_and_the_json_is_strict(fragile: Audit, clean: Audit) -> None:
+    for found in (fragile, clean):
+        text = printed(found)
+        assert len(text.splitlines()) < 60
+        assert found.findings[0].title in text
+        stored = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+        assert stored["counts"]["error"] == found.count("error")
+        assert {section["id"] for section in stored["sections"]} >= {"flow", "data", "sanitise", "mechanisms"}
+    assert "--set losses.instance.empty_match=zero" in printed(fragile)
+
+
+def test_nothing_is_left_behind() -> None:
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    flag = torch.are_deterministic_algorithms_enabled()
+    found = audit(tiny("baseline-5cm", model__decoder__semantic_classes=10), scenes=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == (threads, flag)
+    assert list(Path().iterdir()) == []
+    # the rooms have more classes than this model: the step fails, and what needs it says so
+    assert {"step-fails", "labels-out-of-range"} <= {one.rule for one in found.findings if one.severity == "error"}
+    assert found.section("coarse").not_measured is not None
+    assert "not measured" in printed(found)
+
+
+def test_every_rule_of_the_audit_has_a_page() -> None:
+    source = "".join(path.read_text() for path in (ROOT / "bifusion_diag/experiments/audit").glob("*.py"))
+    used = set(re.findall(r'report\(\s*"([a-z-]+)"', source)) | {"clip-leak", "frozen-with-gradient"}
+    assert set(OWN) <= used | {"schedule-fights-warm-up"}
+    assert set(OWN) <= set(rule_ids())
+
+
+@pytest.mark.parametrize("rule", OWN)
+def test_a_page_has_all_sections(rule: str) -> None:
+    page = page_of(rule)
+    assert page.startswith(f"# {rule}\n")
+    assert tuple(re.findall(r"^## (.*)$", page, re.MULTILINE)) == SECTIONS
