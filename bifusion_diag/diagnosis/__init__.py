@@ -5,6 +5,8 @@ from bifusion_diag.diagnosis.criteria import Criterion
 from bifusion_diag.diagnosis.definitions import DEFINITIONS, Definition, definition_of
 from bifusion_diag.diagnosis.findings import Evidence, Finding, Rule, Unmeasured
 from bifusion_diag.diagnosis.full import load_measured, measure_record
+from bifusion_diag.diagnosis.gates import GateResult, check_gates, check_run_gates, parse_gates
+from bifusion_diag.diagnosis.groups import GroupComparison, compare_groups
 from bifusion_diag.diagnosis.live import LiveFindings, findings_of
 from bifusion_diag.diagnosis.measures import Measures, measure, measures_from_dict, measures_to_dict
 from bifusion_diag.diagnosis.modules import ModuleGradient, ModulePair
@@ -14,6 +16,7 @@ from bifusion_diag.diagnosis.plain import to_plain
 from bifusion_diag.diagnosis.quantity import NotMeasured, Quantity, Reading
 from bifusion_diag.diagnosis.rules import RULES
 from bifusion_diag.diagnosis.settings_diff import SettingGroup, SettingRow
+from bifusion_diag.diagnosis.sides import RunGroup, group_runs
 from bifusion_diag.diagnosis.spikes import SpikeDetector, find_spikes
 from bifusion_diag.diagnosis.thresholds import Thresholds
 from bifusion_diag.diagnosis.verdict import Verdict
@@ -25,6 +28,8 @@ __all__ = [
     "Definition",
     "Evidence",
     "Finding",
+    "GateResult",
+    "GroupComparison",
     "LiveFindings",
     "MeasurePair",
     "Measures",
@@ -38,6 +43,7 @@ __all__ = [
     "Rule",
     "RunAssessment",
     "RunComparison",
+    "RunGroup",
     "SettingGroup",
     "SettingRow",
     "SpikeDetector",
@@ -45,14 +51,19 @@ __all__ = [
     "Unmeasured",
     "Verdict",
     "assess_run",
+    "check_gates",
+    "check_run_gates",
+    "compare_groups",
     "compare_runs",
     "definition_of",
     "find_spikes",
     "findings_of",
+    "group_runs",
     "load_measured",
     "measure",
     "measure_record",
     "measures_from_dict",
     "measures_to_dict",
+    "parse_gates",
     "to_plain",
 ]

@@ -35,7 +35,7 @@ class _Columns(Mapping[str, Series]):
         self._values = np.empty((len(self._steps), len(names)), np.float32)
         self._missing = np.empty(self._values.shape, bool)
         group = max(1, _GROUP_VALUES // max(1, len(reader.steps)))
-        for start in range(0, len(names), group):
+        for start in range(0, len(names) if len(self._steps) else 0, group):  # of a run without bad steps no row
             here = slice(start, start + group)
             values, missing = reader.columns(names[here])
             self._values[:, here] = values if rows is None else values[rows]

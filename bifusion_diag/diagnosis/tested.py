@@ -224,8 +224,8 @@ def say_what_runs_tell(baseline: Side, candidate: Side, tested: Sequence[Tested]
     return join(
         [
             say(
-                "Of {left} and {right} runs, the verdict rests on one test: the share of bad steps a run, {test}, p = {p}, "
-                "level {level}.",
+                "Of {left} and {right} runs, the verdict rests on one test: the share of bad steps a run, {test}, "
+                "p = {p}, level {level}.",
                 left=left,
                 right=right,
                 test=_test_words(PRIMARY, left, right),

@@ -1,23 +1,31 @@
-"""The verdict in the terminal: about 30 lines, the same numbers as the page."""
+"""The verdict in the terminal: at most 30 lines of a comparison, the same numbers as the page."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from bifusion_diag.diagnosis.attribution import Attribution
 from bifusion_diag.diagnosis.compare import MeasurePair, RunAssessment, RunComparison
 from bifusion_diag.diagnosis.criteria import Criterion
 from bifusion_diag.diagnosis.definitions import definition_of
 from bifusion_diag.diagnosis.findings import Finding
+from bifusion_diag.diagnosis.gates import GateResult
+from bifusion_diag.diagnosis.groups import GroupComparison, Tested
 from bifusion_diag.diagnosis.quantity import NotMeasured, Quantity, Reading
+from bifusion_diag.diagnosis.suspicion import Suspect
 from bifusion_diag.diagnosis.verdict import Verdict
-from bifusion_diag.reports.numbers import ratio_text, reading_text
+from bifusion_diag.reports.language import tr
+from bifusion_diag.reports.numbers import ratio_text, reading_text, text
 
-_SHOWN = (  # the measures of the terminal; the page and the JSON have all
+LINES = 30  # of one comparison, with the two that say where the report lies
+_FILES = 2
+_SHOWN = (  # the measures of the terminal, the most telling first; the page and the JSON have all
     "bad_steps",
     "nonfinite_steps",
     "first_nonfinite_step",
@@ -36,74 +44,264 @@ _SHOWN = (  # the measures of the terminal; the page and the JSON have all
     "eval/ap50",
     "throughput/step_seconds",
 )
+_FIRST = ("bad_steps", "grad_norm/p99", "eval/miou", "nonfinite_steps", "spikes")  # where there is no room for all
 _STATE_STYLE = {"stable": "bold green", "less stable": "bold yellow", "unstable": "bold red"}
 _RESULT_STYLE = {"pass": "green", "fail": "red", "not measured": "dim"}
-_FINDINGS = 5
+_SEVERITY_STYLE = {"error": "bold red", "warning": "bold yellow", "note": "bold"}
+_NAME_WIDTH = 24
+_SUSPECT = 0.2  # score above which something speaks against a setting
+_ALL = 1_000_000
 
 
-def print_comparison(console: Console, comparison: RunComparison) -> None:
-    """Print verdict, measures, criteria and findings of two runs."""
-    left, right = comparison.baseline, comparison.candidate
-    _print_verdict(console, comparison.verdict)
+@dataclass
+class _Page:
+    """Lines to print; each text knows how many it may take."""
+
+    console: Console
+    verbose: bool
+    lines: list[Text] = field(default_factory=list)
+
+    def add(self, content: Text | str, most: int, style: str = "") -> None:
+        """Add a text of at most so many lines; the rest is cut."""
+        given = content if isinstance(content, Text) else Text(content, style=style)
+        if not given.plain:
+            return
+        wrapped = list(given.wrap(self.console, self.console.width))
+        if len(wrapped) > most and not self.verbose:
+            last = wrapped[most - 1]
+            last.truncate(self.console.width - 1, overflow="crop")
+            last.rstrip()
+            last.append("…")
+            wrapped = wrapped[:most]
+        self.lines += wrapped
+
+    def print(self) -> None:
+        """Print what was added, and begin anew."""
+        for line in self.lines:
+            self.console.print(line, soft_wrap=True)
+        self.lines = []
+
+
+def print_comparison(
+    console: Console,
+    comparison: RunComparison,
+    *,
+    group: GroupComparison | None = None,
+    gates: Sequence[GateResult] = (),
+    verbose: bool = False,
+) -> None:
+    """Print verdict, measures, criteria and findings of two runs, or of two sides of several runs.
+
+    Args:
+        console: to print to.
+        comparison: of two runs; of several a side, the pair whose findings are shown.
+        group: of the sides.
+        gates: that were looked at.
+        verbose: everything, however long.
+    """
+    head, tail = _Page(console, verbose), _Page(console, verbose)
+    several = group is not None and len(group.baseline.runs) + len(group.candidate.runs) > 2
+    _add_verdict(head, group.verdict if group is not None and several else comparison.verdict)
     if comparison.partings:
         first = comparison.partings[0]
-        console.print(Text(f"The runs part at step {first.step}: {first.text}."))
-    pairs = {pair.key: pair for pair in comparison.measures}
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name, justify in (("", "left"), (left.name, "right"), (right.name, "right"), ("ratio", "right")):
-        table.add_column(Text(name), justify="left" if justify == "left" else "right")
-    for key in _SHOWN:
-        if key in pairs and _any_measured(pairs[key]):
-            pair = pairs[key]
-            row = _value(pair.baseline), _value(pair.candidate), Text(ratio_text(pair.ratio))
-            table.add_row(Text(_title(key)), *row)
-    for mine, theirs in zip(left.criteria, right.criteria, strict=True):
-        table.add_row(Text(_criterion(console, mine)), _result(mine), _result(theirs), "")
-    console.print(table)
-    _print_findings(console, right.findings)
-    _print_limits(console, comparison.limits)
+        head.add(tr("The runs part at step {step}: {text}.", step=first.step, text=first.text), 2)
+    _add_findings(tail, comparison.candidate.findings, 3)
+    _add_difference(
+        tail,
+        group.attribution if group is not None else comparison.attribution,
+        group.suspects if group is not None else comparison.suspects,
+        verbose,
+    )
+    if group is not None:
+        tail.add(tr(group.statement), 2, "dim")
+    limits = [*(group.limits if group is not None and several else ()), *comparison.limits]
+    _add_limits(tail, limits)
+    _add_gates(tail, gates)
+    room = LINES - _FILES - len(head.lines) - len(tail.lines) - len(comparison.candidate.criteria) - 1
+    head.print()
+    if group is not None and several:
+        console.print(_table_of_sides(console, group, _ALL if verbose else room, verbose))
+    else:
+        console.print(_table_of_runs(console, comparison, _ALL if verbose else room, verbose))
+    tail.print()
 
 
-def print_run(console: Console, assessment: RunAssessment) -> None:
-    """Print verdict, measures, criteria and findings of one run."""
-    _print_verdict(console, assessment.verdict)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("")
-    table.add_column(Text(assessment.name), justify="right")
-    for key in _SHOWN:
-        reading = assessment.measures.readings.get(key)
-        if isinstance(reading, Quantity):
-            table.add_row(Text(_title(key)), _value(reading))
+def print_run(
+    console: Console, assessment: RunAssessment, *, gates: Sequence[GateResult] = (), verbose: bool = False
+) -> None:
+    """Print verdict, measures, criteria and findings of one run; arguments as of :func:`print_comparison`."""
+    head, tail = _Page(console, verbose), _Page(console, verbose)
+    _add_verdict(head, assessment.verdict)
+    _add_findings(tail, assessment.findings, 5)
+    _add_limits(tail, assessment.limits)
+    _add_gates(tail, gates)
+    room = LINES - _FILES - len(head.lines) - len(tail.lines) - len(assessment.criteria) - 1
+    keys = [key for key in _SHOWN if isinstance(assessment.measures.readings.get(key), Quantity)]
+    table = _table(verbose, "", assessment.name)
+    for key in _fitting(keys, _ALL if verbose else room):
+        table.add_row(Text(_title(key)), _value(assessment.measures.readings[key]))
     for criterion in assessment.criteria:
         table.add_row(Text(_criterion(console, criterion)), _result(criterion))
+    head.print()
     console.print(table)
-    _print_findings(console, assessment.findings)
-    _print_limits(console, assessment.limits)
+    tail.print()
 
 
-def _print_limits(console: Console, limits: Sequence[str]) -> None:
-    for limit in limits:
-        console.print(Text(limit, style="dim"))
+def _table(verbose: bool, *names: str, width: int = _NAME_WIDTH) -> Table:
+    """A table without lines; each row is one line, unless everything is to be seen."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for place, name in enumerate(names):
+        table.add_column(
+            Text(name),
+            justify="right" if place else "left",
+            no_wrap=not verbose,
+            overflow="ellipsis",
+            max_width=width if place and not verbose else None,
+        )
+    return table
 
 
-def _print_verdict(console: Console, verdict: Verdict) -> None:
-    console.print(Text(verdict.state, style=_STATE_STYLE.get(verdict.state, "bold")))
-    console.print(Text(" ".join(part for part in (verdict.sentence, verdict.detail) if part)))
+def _fitting(keys: Sequence[str], room: int) -> list[str]:
+    """So many of the measures that the rest has room; at least three."""
+    most = max(3, room)
+    if len(keys) <= most:
+        return list(keys)
+    ranked = [*(key for key in _FIRST if key in keys), *(key for key in keys if key not in _FIRST)]
+    kept = set(ranked[:most])
+    return [key for key in keys if key in kept]
+
+
+def _table_of_runs(console: Console, comparison: RunComparison, room: int, verbose: bool) -> Table:
+    left, right = comparison.baseline, comparison.candidate
+    pairs = {pair.key: pair for pair in comparison.measures}
+    table = _table(verbose, "", left.name, right.name, tr("ratio"))
+    keys = [key for key in _SHOWN if key in pairs and _any_measured(pairs[key])]
+    for key in _fitting(keys, room):
+        pair = pairs[key]
+        table.add_row(Text(_title(key)), _value(pair.baseline), _value(pair.candidate), Text(ratio_text(pair.ratio)))
+    for mine, theirs in zip(left.criteria, right.criteria, strict=True):
+        table.add_row(Text(_criterion(console, mine)), _result(mine), _result(theirs), "")
+    return table
+
+
+def _table_of_sides(console: Console, group: GroupComparison, room: int, verbose: bool) -> Table:
+    tested = {one.measure: one for one in group.tested}
+    left, right = group.baseline, group.candidate
+    table = _table(
+        verbose, "", tr("baseline"), tr("candidate"), tr("difference [95 %]"), "p", width=max(14, console.width // 5)
+    )
+    if not verbose:
+        table.columns[0].max_width = max(20, console.width - 62)
+    keys = [key for key in _SHOWN if key in tested]
+    for key in list(tested) if verbose else _fitting(keys, room):
+        one = tested[key]
+        table.add_row(
+            Text(tr(one.title)), _value(one.baseline), _value(one.candidate), Text(_difference(one)), Text(_p(one))
+        )
+    for place, criterion in enumerate(right.runs[0].criteria):
+        cells = [_results([run.criteria[place] for run in side.runs]) for side in (left, right)]
+        table.add_row(Text(tr(criterion.title)), *cells, "", "")
+    return table
+
+
+def _results(criteria: Sequence[Criterion]) -> Text:
+    """How many runs pass and fail."""
+    counts = Counter(criterion.result for criterion in criteria)
+    if not counts["pass"] and not counts["fail"]:
+        return Text(tr("not measured"), style="dim")
+    told = [tr("{count} {result}", count=counts[word], result=tr(word)) for word in ("pass", "fail") if counts[word]]
+    return Text(", ".join(told), style="red" if counts["fail"] else "green")
+
+
+def _difference(one: Tested) -> str:
+    if isinstance(one.difference, NotMeasured):
+        return ""
+    if one.interval is None:
+        return text(one.difference.value)
+    return f"{text(one.difference.value)} [{text(one.interval.low)}, {text(one.interval.high)}]"
+
+
+def _p(one: Tested) -> str:
+    p = one.p if one.p_adjusted is None else one.p_adjusted
+    return "" if p is None else f"{p:.2g}"
+
+
+def _add_limits(page: _Page, limits: Sequence[str]) -> None:
+    most = len(limits) if page.verbose else 3
+    for limit in limits[:most]:
+        page.add(tr(limit), 2, "dim")
+    if len(limits) > most:
+        page.add(tr("and {count} more limits (--verbose)", count=len(limits) - most), 1, "dim")
+
+
+def _add_verdict(page: _Page, verdict: Verdict) -> None:
+    page.add(tr(verdict.state), 1, _STATE_STYLE.get(verdict.state, "bold"))
+    page.add(tr(verdict.sentence), 4)
+    page.add(tr(verdict.detail), 3)
     if verdict.remedy:
-        change = " ".join(f"--set {key}={value}" for key, value in verdict.remedy.items())
-        console.print(Text(f"{'Tried on a bad step, and it helped' if verdict.tried else 'To try'}: {change}"))
+        template = "Tried on a bad step, and it helped: {change}" if verdict.tried else "To try: {change}"
+        page.add(tr(template, change=_changes(verdict.remedy)), 2)
 
 
-def _print_findings(console: Console, findings: Sequence[Finding]) -> None:
-    for finding in findings[:_FINDINGS]:
-        console.print(f"[bold]{finding.severity}[/bold] {escape(finding.title)} [dim]({finding.rule})[/dim]")
-    if len(findings) > _FINDINGS:
-        console.print(Text(f"and {len(findings) - _FINDINGS} more findings", style="dim"))
+def _changes(remedy: object) -> str:
+    assert hasattr(remedy, "items")
+    return " ".join(f"--set {key}={value}" for key, value in remedy.items())
+
+
+def _add_findings(page: _Page, findings: Sequence[Finding], most: int) -> None:
+    shown = findings if page.verbose else findings[:most]
+    for finding in shown:
+        line = Text.assemble(
+            (tr(finding.severity), _SEVERITY_STYLE[finding.severity]), " ", tr(finding.title), " ",
+            (f"({finding.rule})", "dim"),
+        )  # fmt: skip
+        page.add(line, 1)
+        if finding.remedy:
+            page.add(f"  → {_changes(finding.remedy)}", 1)
+        if page.verbose:
+            page.add(f"  {tr(finding.mechanism)}", 1, "dim")
+    if len(findings) > len(shown):
+        page.add(tr("and {count} more findings", count=len(findings) - len(shown)), 1, "dim")
+
+
+def _add_difference(
+    page: _Page, attribution: Sequence[Attribution], suspects: Sequence[Suspect], verbose: bool
+) -> None:
+    """What the difference is made of, and which setting is to blame."""
+    parts = []
+    for kind in ("module", "term"):
+        measure = next((one.measure for one in attribution if one.kind == kind), None)
+        best = [one for one in attribution if one.kind == kind and one.measure == measure][: 10 if verbose else 2]
+        if best:
+            named = ", ".join(f"{one.name} {100 * (one.share or 0):.0f} %" for one in best)
+            parts.append(tr("{names} ({what})", names=named, what=best[0].title))
+    if parts:
+        page.add(tr("Share of the difference: {parts}", parts="; ".join(parts)), 2)
+    for place, suspect in enumerate(suspects if verbose else [one for one in suspects if one.score > _SUSPECT][:2]):
+        page.add(
+            tr(
+                "Suspect: {key} {baseline} → {candidate}. {reason}",
+                key=suspect.key,
+                baseline=suspect.baseline,
+                candidate=suspect.candidate,
+                reason=suspect.reason,
+            ),
+            1 if place else 2,
+        )
+
+
+def _add_gates(page: _Page, gates: Sequence[GateResult]) -> None:
+    for gate in gates:
+        word = tr("FAIL") if gate.failed else tr("ok")
+        line = Text.assemble(
+            (f"{word} ", "bold red" if gate.failed else "green"), f"--fail-on {gate.gate}: ", tr(gate.reason)
+        )
+        page.add(line, 1)
 
 
 def _criterion(console: Console, criterion: Criterion) -> str:
     """The title, with the threshold where the terminal has room for it."""
-    return f"{criterion.title}: {criterion.threshold}" if console.width >= 100 else criterion.title
+    return f"{tr(criterion.title)}: {tr(criterion.threshold)}" if console.width >= 100 else tr(criterion.title)
 
 
 def _any_measured(pair: MeasurePair) -> bool:
@@ -113,15 +311,15 @@ def _any_measured(pair: MeasurePair) -> bool:
 def _title(key: str) -> str:
     definition = definition_of(key)
     grouped = key.startswith(("grad_norm/", "clip/", "projection/", "eval/", "update_ratio/"))
-    return f"{definition.group}: {definition.title}" if grouped else definition.title
+    return f"{tr(definition.group)}: {tr(definition.title)}" if grouped else tr(definition.title)
 
 
 def _value(reading: Reading) -> Text:
-    return Text(reading_text(reading), style="dim" if isinstance(reading, NotMeasured) else "")
+    return Text(tr(reading_text(reading)), style="dim" if isinstance(reading, NotMeasured) else "")
 
 
 def _unit(reading: Quantity) -> str:
-    return f" {reading.unit}" if reading.unit and reading.value is not None else ""
+    return f" {tr(reading.unit)}" if reading.unit and reading.value is not None else ""
 
 
 def _result(criterion: Criterion) -> Text:
@@ -130,4 +328,4 @@ def _result(criterion: Criterion) -> Text:
         if isinstance(criterion.reading, NotMeasured)
         else f" ({reading_text(criterion.reading)}{_unit(criterion.reading)})"
     )
-    return Text(criterion.result + number, style=_RESULT_STYLE[criterion.result])
+    return Text(tr(criterion.result) + number, style=_RESULT_STYLE[criterion.result])

@@ -92,7 +92,7 @@ OTHER: dict[str, Any] = {
 def test_settings_are_ranked_remedy_risk_place_optimiser_model_seed_harmless(make_run: RunMaker) -> None:
     left = run_of(make_run, CALM, settings=BASE)
     right = run_of(make_run, CALM, settings=OTHER, spike=(120, "gate.alpha"), terms={"instance": 1.0})
-    right.all_series["loss/instance/raw"].value[[50, 60]] = np.nan  # type: ignore[index]
+    right.all_series["loss/instance/raw"].value[[50, 60]] = np.nan
     right = make_run(
         {name: series.value for name, series in right.all_series.items()}, modules=MODULES, settings=OTHER, name="run"
     )
