@@ -1,7 +1,8 @@
 """The language that a report is written in.
 
 Every text that a reader sees goes through :func:`tr` (in templates: ``{{ text | tr }}``), at the place where it is
-written into the page or the plot. English is the source: its texts are the keys of ``languages/<code>.yaml``.
+written into the page or the plot. English is the source: its texts are the keys of ``languages/<code>/*.yaml``, a file a
+room that says them.
 """
 
 from __future__ import annotations
@@ -62,8 +63,11 @@ def catalogue(code: str) -> Mapping[str, str]:
     """The translations of a language by their English text; empty for English."""
     if code == ENGLISH:
         return {}
-    text = resources.files("bifusion_diag.reports").joinpath("languages", f"{code}.yaml").read_text(encoding="utf-8")
-    return yaml.safe_load(text) or {}
+    folder = resources.files("bifusion_diag.reports").joinpath("languages", code)
+    known: dict[str, str] = {}
+    for file in sorted(folder.iterdir(), key=lambda file: file.name):
+        known |= yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    return known
 
 
 def _joined(separator: str) -> str:

@@ -1,6 +1,6 @@
 """All English texts that a report may say: what a translation has to hold.
 
-    python -m tests.reports.texts zh     prints those that languages/zh.yaml lacks, as YAML
+    python -m tests.reports.texts zh     prints those that languages/zh lacks, as YAML
 
 Found in the source: what is given to `tr` and `say`, what the templates pass to `tr`, what the tables and the findings
 of diagnosis are made of. A text that is put together in another way is not found, and not translated.
@@ -18,6 +18,7 @@ import yaml
 from jinja2 import Environment, nodes
 
 import bifusion_diag
+from bifusion_diag.reports.language import catalogue
 
 ROOT = Path(bifusion_diag.__file__).parent
 TERMINAL = ("terminal.py", "live.py", "terminal_groups.py")  # they speak English
@@ -140,8 +141,7 @@ def _of_template(text: str) -> Iterator[str]:
 
 def main(arguments: list[str]) -> int:
     code = arguments[0] if arguments else "zh"
-    stored = (ROOT / "reports" / "languages" / f"{code}.yaml").read_text(encoding="utf-8")
-    known = yaml.safe_load(stored) or {}
+    known = catalogue(code)
     lacking = {text: "" for text in source_texts() if text not in known}
     print(yaml.safe_dump(lacking, allow_unicode=True, width=10_000, sort_keys=False))
     return 0
