@@ -1,8 +1,8 @@
 """The language that a report is written in.
 
 Every text that a reader sees goes through :func:`tr` (in templates: ``{{ text | tr }}``), at the place where it is
-written into the page or the plot. English is the source: its texts are the keys of ``languages/<code>/*.yaml``, a file a
-room that says them.
+written into the page or the plot. English is the source: its texts are the keys of ``languages/<code>/*.yaml``, a file
+a room that says them.
 """
 
 from __future__ import annotations
