@@ -92,7 +92,7 @@ class WeightsProbe(Probe):
             elif not math.isfinite(norm):
                 self._nonfinite[i] = count_nonfinite(x).item()
         self._running_norms = {
-            slot: norms_of([x.detach() for key in keys if not is_lazy(x := module._buffers[key])])
+            slot: norms_of([x.detach() for x in map(module._buffers.get, keys) if x is not None and not is_lazy(x)])
             for slot, (module, keys) in enumerate(found for _, found in self._running)
             if self._in_turn(slot)
         }
