@@ -30,6 +30,7 @@ _BLANK = 0.9  # share of a depth image without a reading from which it counts as
 _SATURATED = 65.5345  # [m] 65535 mm, which some captures write for "no reading"
 _FAR = 50.0  # [m] from the scene's median: no room is that large
 _EXAMPLES = 3  # names in a finding
+_LIKELY = 1e-4  # chance of a scene from which it counts as one that may match no query
 _SHARES = 9  # query shares over which the chance of an empty match is averaged
 
 
@@ -387,7 +388,7 @@ def _matches(draft: Draft, bench: Bench, facts: list[SceneFacts]) -> None:
     draft.number("without_objects", "scenes without an object", len(none), "scenes")
     sparse = instance.matcher == "sparse" and instance.weight > 0
     chances = [one.empty_match if sparse else 0.0 for one in facts]
-    likely = [one.name for one, chance in zip(facts, chances, strict=True) if chance > 0]
+    likely = [one.name for one, chance in zip(facts, chances, strict=True) if chance > _LIKELY]
     worst = draft.number(
         "empty_match", "largest chance of a scene that no query matches any of its objects", max(chances)
     )
@@ -426,8 +427,8 @@ def _matches(draft: Draft, bench: Bench, facts: list[SceneFacts]) -> None:
                 ]
             ),
             worst,
-            each,
             run,
+            each,
             term="instance_bce" if instance.style != "unified" else "instance_mask",
             samples=_first(_by_chance(facts, chances)),
             remedy={"losses.instance.empty_match": "zero"},
@@ -446,7 +447,7 @@ def _matches(draft: Draft, bench: Bench, facts: list[SceneFacts]) -> None:
 
 def _by_chance(facts: list[SceneFacts], chances: list[float]) -> list[str]:
     order = sorted(range(len(facts)), key=lambda place: -chances[place])
-    return [facts[place].name for place in order if chances[place] > 0]
+    return [facts[place].name for place in order if chances[place] > _LIKELY]
 
 
 def _first(names: Iterable[str]) -> tuple[str, ...]:
