@@ -23,7 +23,6 @@ from bifusion_diag.cli.presets import presets
 from bifusion_diag.cli.replay import replay
 from bifusion_diag.cli.report import report
 from bifusion_diag.cli.rules import rules
-from bifusion_diag.cli.rules import rules
 from bifusion_diag.cli.train import train
 from bifusion_diag.cli.watch import watch
 from bifusion_diag.errors import UserError
@@ -45,7 +44,6 @@ app.command("report")(report)
 app.command("import")(import_)
 app.command("replay")(replay)
 app.command("bisect")(bisect)
-app.command("rules")(rules)
 app.command("rules")(rules)
 app.command("presets")(presets)
 app.command("params")(params)
