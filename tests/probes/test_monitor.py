@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import random
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,17 @@ def test_everything_reaches_the_record(tmp_path: Path) -> None:
     assert [module.order for module in run.modules] == list(range(len(order)))
 
 
+#: Keys that need what this model does not have: a batch with poses, all queries among the arguments, an alignment loss,
+#: a GradScaler. They have tests of their own.
+ELSEWHERE = defaultdict[str, set[str]](
+    set,
+    projection={"off_captured", "off_augmented"},
+    matching={"queries"},
+    flow={"share", "gain", "norm_2d", "norm_3d"},
+    updates={"scale"},
+)
+
+
 @pytest.mark.parametrize("name", sorted(PROBES))
 def test_the_table_of_keys_is_what_is_recorded(tmp_path: Path, name: str) -> None:
     path = tmp_path / "run.json"
@@ -151,7 +163,7 @@ def test_the_table_of_keys_is_what_is_recorded(tmp_path: Path, name: str) -> Non
     recorded = {key.removeprefix(f"{probe.name}/") for key in load_run(path).names() if not key.startswith("train/")}
     patterns = {re.sub("<[a-z]+>", "*", key) for key in probe.KEYS}
     assert all(any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns) for key in recorded)
-    assert all(any(fnmatch.fnmatchcase(key, pattern) for key in recorded) for pattern in patterns)
+    assert all(any(fnmatch.fnmatchcase(key, pattern) for key in recorded) for pattern in patterns - ELSEWHERE[name])
 
 
 def test_numbers_are_the_same_alone_and_together(tmp_path: Path) -> None:
