@@ -263,7 +263,7 @@ def groups_page(
         baseline=group.baseline.name,
         judged=[judged],
         facts=facts(names, runs),
-        limits=[tr(group.statement), *([alone] if len(runs) > 2 else []), *shown.limits],
+        limits=[*([alone] if len(runs) > 2 else []), *shown.limits],
         incidents=incidents,
         timeline=draw_timeline(traces, detail=budget.detail),
         validation=draw_validation(traces),

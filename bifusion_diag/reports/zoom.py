@@ -32,9 +32,11 @@ class Zoom:
 
     Attributes:
         detail: vertices that a curve keeps.
+        drawn: vertices that are drawn at first.
     """
 
     detail: int = DETAIL
+    drawn: int = MAX_VERTICES
     _panels: list[Axes] = field(default_factory=list)
     _curves: dict[str, tuple[int, NDArray[np.int64], NDArray[np.float64]]] = field(default_factory=dict)
     _texts: dict[str, int] = field(default_factory=dict)
@@ -50,10 +52,10 @@ class Zoom:
         self, axes: Axes, x: NDArray[np.int64], y: NDArray[np.float64], **style: Any
     ) -> Line2D:  # the style is matplotlib's
         """Draw a line, reduced, and keep more of it."""
-        (line,) = axes.plot(*min_max(x, y, MAX_VERTICES), **style)
-        if x.size > MAX_VERTICES:
+        (line,) = axes.plot(*min_max(x, y, self.drawn), **style)
+        if x.size > self.drawn:
             line.set_gid(self._name("curve"))
-            self._curves[str(line.get_gid())] = (self._panels.index(axes), *min_max(x, y, self.detail))
+            self._curves[str(line.get_gid())] = (self._panels.index(axes), *min_max(x, y, max(self.detail, self.drawn)))
         else:  # all of it is drawn already
             self.stretch(line)
         return line

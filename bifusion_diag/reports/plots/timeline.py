@@ -15,7 +15,7 @@ from bifusion_diag.record.schema import Run, Series
 from bifusion_diag.reports.language import tr
 from bifusion_diag.reports.numbers import text
 from bifusion_diag.reports.palette import BAND, INK, NON_FINITE, QUIET, RULE, SPIKE
-from bifusion_diag.reports.reduce import min_max, smoothed, vertices
+from bifusion_diag.reports.reduce import MAX_VERTICES, min_max, smoothed, vertices
 from bifusion_diag.reports.svg import (
     LEFT,
     RIGHT,
@@ -33,6 +33,7 @@ from bifusion_diag.reports.zoom import DETAIL, Zoom
 
 READOUT = 1000  # values a line, for the cursor
 RATE = "train/lr"
+TOGETHER = 64_000  # vertices of a quantity, of all runs; drawn at first is a quarter
 GRID = 1000  # places at which runs of one side are set against each other
 STAGE_ROOM = 0.012  # of the axis' width a letter of a stage's name takes
 
@@ -76,7 +77,7 @@ def draw_timeline(traces: Sequence[Trace], *, detail: int = DETAIL) -> Plot:
     rug_height = 0.17 * len(traces)
     heights = [rug_height, 2.1, 2.5, *([0.85] if rates else [])]
     whole = sum(heights) + 0.55 + 0.3 * len(heights)
-    zoom = Zoom(detail)
+    zoom = Zoom(min(detail, TOGETHER // len(traces)), min(MAX_VERTICES, TOGETHER // (4 * len(traces))))
     with drawing(whole) as figure:
         grid = figure.add_gridspec(
             len(heights), 1, height_ratios=heights, left=LEFT, right=RIGHT, top=1 - 0.1 / whole, bottom=0.48 / whole,
@@ -289,16 +290,17 @@ def _readout(traces: Sequence[Trace]) -> dict[str, tuple[list[int], list[float |
             for place, trace in enumerate(side):
                 for one in _names(trace.run, name)[:1]:
                     label = trace.label if len(side) == 1 else f"{trace.label} {place + 1}"
-                    values[f"{label} {words}"] = readout_of(trace.run.all_series[one])
+                    most = min(READOUT, 10 * READOUT // len(traces))
+                    values[f"{label} {words}"] = readout_of(trace.run.all_series[one], most)
     return values
 
 
-def readout_of(series: Series) -> tuple[list[int], list[float | None]]:
+def readout_of(series: Series, most: int = READOUT) -> tuple[list[int], list[float | None]]:
     """Steps and values of a series for the cursor, None where a value is not finite.
 
     Of a reduced series the highest of a bucket: what a reader looks for is never lower than what is shown.
     """
-    x, y = min_max(series.steps, series.value if series.exact else _highest(series), READOUT)
+    x, y = min_max(series.steps, series.value if series.exact else _highest(series), most)
     return x.tolist(), [float(f"{value:.4g}") if np.isfinite(value) else None for value in y]
 
 
