@@ -20,6 +20,7 @@ from bifusion_diag.reports.sparkline import Spark, draw_spark
 
 TOP = 3  # findings that the first screen names
 LEAD = 2  # parts of a mechanism that are read at once
+COMMAND = 4000  # characters
 REPLAYED = 10  # steps that a command replays at most
 
 
@@ -122,7 +123,9 @@ def _replay_command(run: Run, steps: tuple[int, int] | None, source: str) -> str
 
 
 def _out(command: str) -> str:
-    """The record that a training command names."""
+    """The record that a training command names; "" where it names none, or is no command that a person would type."""
+    if len(command) > COMMAND:
+        return ""
     try:
         words = shlex.split(command)
     except ValueError:  # a quote that is not closed
