@@ -45,6 +45,7 @@ class Finding:
         samples: scenes of the first of the steps, where the record names them.
         remedy: settings to change (dotted key → value), None where the record alone does not support one.
         tried: the remedy was tried on a bad step, and helped.
+        bad_steps: how many of the run's bad steps it explains.
     """
 
     rule: str
@@ -59,6 +60,7 @@ class Finding:
     samples: tuple[str, ...] = ()
     remedy: Mapping[str, Any] | None = None
     tried: bool = False
+    bad_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class Rule:
 
 
 def apply_rules(context: Context, rules: tuple[Rule, ...]) -> tuple[tuple[Finding, ...], tuple[Unmeasured, ...]]:
-    """Findings, worst first (then earliest, then in the order of the rules), and the rules that had no data."""
+    """Findings in the order of :func:`worst_first`, then of the rules, and the rules that had no data."""
     findings: list[Finding] = []
     unmeasured: list[Unmeasured] = []
     for rule in rules:
@@ -135,6 +137,6 @@ def apply_rules(context: Context, rules: tuple[Rule, ...]) -> tuple[tuple[Findin
     return tuple(sorted(findings, key=worst_first)), tuple(unmeasured)
 
 
-def worst_first(found: Finding) -> tuple[int, int]:
-    """The order of findings: the worst, then the earliest."""
-    return SEVERITIES.index(found.severity), found.steps[0] if found.steps else 2**62
+def worst_first(found: Finding) -> tuple[int, int, int]:
+    """The order of findings: the worst, then what explains most bad steps, then the earliest."""
+    return SEVERITIES.index(found.severity), -found.bad_steps, found.steps[0] if found.steps else 2**62

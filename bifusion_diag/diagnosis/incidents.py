@@ -70,6 +70,7 @@ class RecordedIncident:
         difference: what differed, or why it was not run again.
         action: what was done about the update.
         harmless: every gradient was good.
+        by_design: a module that has never got a gradient, as what it gives is used under no_grad alone.
         capsule: its folder; None where none was written.
         trials: the remedies that were tried on it, best first; empty: none was.
         tables: the capsule's tables, see :class:`~bifusion_diag.record.schema.IncidentFiles`.
@@ -96,6 +97,7 @@ class RecordedIncident:
     difference: str
     action: str
     harmless: bool
+    by_design: bool
     capsule: str | None
     trials: tuple[Mapping[str, Any], ...] = ()
     tables: Mapping[str, Any] = field(default_factory=dict)
@@ -172,10 +174,18 @@ def _read(event: Event, step: int, stored: Mapping[str, Any], files: IncidentFil
         difference=_text(again.get("difference")),
         action=_text(stored.get("action")),
         harmless=stored.get("harmless") is True,
+        by_design=_is_by_design(kind, trigger, cause),
         capsule=capsule if isinstance(capsule, str) and 0 < len(capsule) <= PATH else None,
         trials=tuple(files.trials),
         tables=files.tables,
     )
+
+
+def _is_by_design(kind: str, trigger: Mapping[str, Any], cause: Mapping[str, Any]) -> bool:
+    """Attention masks are made so, of masks that have a loss of their own or have none."""
+    module, end = _text(trigger.get("module")), _text(cause.get("module"))
+    never = kind == "detached-module" and trigger.get("since") == 0
+    return never and cause.get("op") == "no_grad" and not (end == module or end.startswith(f"{module}."))
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -65,6 +65,7 @@ def nonfinite_loss(context: Context) -> list[Finding] | NotMeasured:
                 term=term,
                 samples=steps[0].scenes,
                 remedy=remedy,
+                bad_steps=len(steps),
             )
         )
     return findings
@@ -106,6 +107,7 @@ def nonfinite_gradient(context: Context) -> list[Finding] | NotMeasured:
                 module=module,
                 samples=steps[0].scenes,
                 remedy=remedy,
+                bad_steps=len(steps),
             )
         )
     return findings
@@ -151,6 +153,7 @@ def gradient_spike(context: Context) -> list[Finding] | NotMeasured:
             *_extent(steps),
             module=module,
             samples=steps[0].scenes,
+            bad_steps=len(steps),
         )
     ]
 

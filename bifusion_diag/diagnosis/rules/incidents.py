@@ -101,6 +101,7 @@ def _finding(context: Context, group: Sequence[RecordedIncident]) -> Finding:
         samples=next((tuple(sample.label for sample in one.samples) for one in group if one.samples), ()),
         remedy=remedy,
         tried=bool(tried),
+        bad_steps=len({incident.step for incident in group} & {*context.measures.bad}),
     )
 
 
@@ -122,6 +123,7 @@ def _severity(context: Context, group: Sequence[RecordedIncident]) -> Severity:
     bad = {*context.measures.nonfinite}
     survived = [
         incident.harmless
+        or incident.by_design
         or incident.kind in _WARNINGS
         or (incident.kind == "nonfinite-input" and incident.step not in bad)  # the step itself was fine
         for incident in group
