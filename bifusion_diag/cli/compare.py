@@ -14,9 +14,9 @@ from bifusion_diag.cli.output import print_written
 from bifusion_diag.errors import UserError
 
 if TYPE_CHECKING:
-    from bifusion_diag.diagnosis.gates import GateResult
-    from bifusion_diag.diagnosis.groups import GroupComparison
-    from bifusion_diag.diagnosis.sides import RunGroup
+    from bifusion_diag.diagnosis.comparing.gates import GateResult
+    from bifusion_diag.diagnosis.comparing.groups import GroupComparison
+    from bifusion_diag.diagnosis.comparing.sides import RunGroup
 
 
 def compare(
@@ -56,9 +56,9 @@ def compare(
 
     Exit codes: 0 fine, 1 a --fail-on holds, 2 bad input.
     """
-    from bifusion_diag.diagnosis.gates import check_gates, parse_gates
-    from bifusion_diag.diagnosis.groups import compare_groups
-    from bifusion_diag.diagnosis.sides import group_runs
+    from bifusion_diag.diagnosis.comparing.gates import check_gates, parse_gates
+    from bifusion_diag.diagnosis.comparing.groups import compare_groups
+    from bifusion_diag.diagnosis.comparing.sides import group_runs
     from bifusion_diag.diagnosis.thresholds import read_thresholds
     from bifusion_diag.reports import print_comparison
     from bifusion_diag.reports.language import speaking

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bifusion_diag.diagnosis.compare import assess_run
+from bifusion_diag.diagnosis.assess import assess_run
 from bifusion_diag.diagnosis.findings import Finding
 from bifusion_diag.diagnosis.full import load_measured
 from bifusion_diag.diagnosis.thresholds import DEFAULT_THRESHOLDS, Thresholds

@@ -7,8 +7,9 @@ from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bifusion_diag.diagnosis.compare import RunAssessment, RunComparison
-from bifusion_diag.diagnosis.groups import GroupComparison
+from bifusion_diag.diagnosis.assess import RunAssessment
+from bifusion_diag.diagnosis.comparing.groups import GroupComparison
+from bifusion_diag.diagnosis.comparing.pair import RunComparison
 from bifusion_diag.diagnosis.plain import to_plain
 from bifusion_diag.errors import UserError
 from bifusion_diag.files import write_text

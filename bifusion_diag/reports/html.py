@@ -11,8 +11,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, pass_context
 from markupsafe import Markup, escape
 
-from bifusion_diag.diagnosis.compare import RunAssessment, RunComparison
-from bifusion_diag.diagnosis.groups import GroupComparison
+from bifusion_diag.diagnosis.assess import RunAssessment
+from bifusion_diag.diagnosis.comparing.groups import GroupComparison
+from bifusion_diag.diagnosis.comparing.pair import RunComparison
 from bifusion_diag.record.schema import Run
 from bifusion_diag.reports.budget import BUDGETS, MAX_BYTES, Budget
 from bifusion_diag.reports.incidents import assignment

@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from bifusion_diag.diagnosis.attribution import ATTRIBUTED, Attribution
-from bifusion_diag.diagnosis.compare import RunAssessment, RunComparison
+from bifusion_diag.diagnosis.assess import RunAssessment
+from bifusion_diag.diagnosis.comparing.attribution import ATTRIBUTED, Attribution
+from bifusion_diag.diagnosis.comparing.groups import GroupComparison, Side
+from bifusion_diag.diagnosis.comparing.pair import RunComparison
+from bifusion_diag.diagnosis.comparing.suspicion import Suspect
 from bifusion_diag.diagnosis.criteria import Criterion
 from bifusion_diag.diagnosis.findings import Finding
-from bifusion_diag.diagnosis.groups import GroupComparison, Side
 from bifusion_diag.diagnosis.plain import to_plain
 from bifusion_diag.diagnosis.quantity import number
-from bifusion_diag.diagnosis.suspicion import Suspect
 from bifusion_diag.record.schema import Run
 from bifusion_diag.reports.budget import BUDGETS, Budget
 from bifusion_diag.reports.incidents import IncidentGroup, incident_groups

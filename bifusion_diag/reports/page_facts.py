@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bifusion_diag.diagnosis.compare import RunComparison
+from bifusion_diag.diagnosis.comparing.pair import RunComparison
 from bifusion_diag.diagnosis.settings_diff import flatten
 from bifusion_diag.record.schema import FINGERPRINT, Run
 from bifusion_diag.reports.budget import Budget, cut

@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from bifusion_diag.diagnosis.compare import RunAssessment
+from bifusion_diag.diagnosis.assess import RunAssessment
+from bifusion_diag.diagnosis.comparing.parting import Parting
 from bifusion_diag.diagnosis.findings import Finding, Unmeasured
-from bifusion_diag.diagnosis.parting import Parting
 from bifusion_diag.diagnosis.phrase import join
 from bifusion_diag.diagnosis.verdict import Verdict
 from bifusion_diag.record.schema import Run

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from bifusion_diag.diagnosis.compare import RunAssessment, RunComparison
+from bifusion_diag.diagnosis.assess import RunAssessment
+from bifusion_diag.diagnosis.comparing.pair import RunComparison
 from bifusion_diag.diagnosis.definitions import DEFINITIONS, definition_of, member_of
 from bifusion_diag.diagnosis.quantity import NotMeasured, Reading
 from bifusion_diag.reports.budget import Budget

@@ -10,15 +10,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bifusion_diag.diagnosis.attribution import Attribution
-from bifusion_diag.diagnosis.compare import MeasurePair, RunAssessment, RunComparison
+from bifusion_diag.diagnosis.assess import RunAssessment
+from bifusion_diag.diagnosis.comparing.attribution import Attribution
+from bifusion_diag.diagnosis.comparing.gates import GateResult
+from bifusion_diag.diagnosis.comparing.groups import GroupComparison, Tested
+from bifusion_diag.diagnosis.comparing.pair import MeasurePair, RunComparison
+from bifusion_diag.diagnosis.comparing.suspicion import Suspect
 from bifusion_diag.diagnosis.criteria import Criterion
 from bifusion_diag.diagnosis.definitions import definition_of
 from bifusion_diag.diagnosis.findings import Finding
-from bifusion_diag.diagnosis.gates import GateResult
-from bifusion_diag.diagnosis.groups import GroupComparison, Tested
 from bifusion_diag.diagnosis.quantity import NotMeasured, Quantity, Reading
-from bifusion_diag.diagnosis.suspicion import Suspect
 from bifusion_diag.diagnosis.verdict import Verdict
 from bifusion_diag.reports.language import tr
 from bifusion_diag.reports.numbers import ratio_text, reading_text, text

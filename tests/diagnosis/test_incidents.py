@@ -210,3 +210,42 @@ def test_the_verdict_takes_the_remedy_of_the_cause_that_it_names(make_run: MakeR
     means = [incident(step, harmless=True) for step in (31, 46)]
     verdict = assess_run(run_with(make_run, [lost, *means], [31, 46], settings=settings)).verdict
     assert verdict.remedy == {"losses.instance.empty_match": "zero"}
+
+
+def test_what_explains_bad_steps_goes_before_what_is_earlier(make_run: MakeRun) -> None:
+    masked = np.zeros(STEPS)
+    masked[3] = 2
+    run = run_with(
+        make_run,
+        [incident(40, harmless=True), incident(60, harmless=True)],
+        bad=(40, 60),
+        series={"attention/decoder.layers.0/masked_rows": masked},
+    )
+    findings = assess_run(run).findings
+    same = [found for found in findings if found.severity == "warning"]
+    assert [found.rule for found in same][:2] == ["incident-empty-selection", "attention-masked-rows"]
+    assert [found.bad_steps for found in same][:2] == [2, 0]
+
+
+def never_learns(end: str, op: str, since: int) -> Incident:
+    trigger = Trigger("detached-module", "has never got a gradient", module="decoder.mask", since=since)
+    cause = Cause(end, "graph", op)
+    return incident(
+        11, "detached-module", "detached", triggers=(trigger,), cause=cause, terms=(), samples=(), harmless=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("end", "op", "since", "severity"),
+    [
+        ("decoder", "no_grad", 0, "warning"),  # a mask that is made without a gradient by design
+        ("decoder", "no_grad", 5, "error"),  # it had a gradient
+        ("decoder.mask.0", "no_grad", 0, "error"),  # the module itself runs without
+        ("decoder", "Tensor.detach", 0, "error"),
+    ],
+)
+def test_a_part_that_feeds_only_a_no_grad_block(
+    make_run: MakeRun, end: str, op: str, since: int, severity: str
+) -> None:
+    (found,) = of_rule(assess_run(run_with(make_run, [never_learns(end, op, since)])).findings, "incident-detached")
+    assert found.severity == severity

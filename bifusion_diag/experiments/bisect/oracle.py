@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from bifusion_diag.diagnosis import RULES, Thresholds, assess_run, find_spikes
-from bifusion_diag.diagnosis.gates import Gate, check_run_gates, parse_gates
+from bifusion_diag.diagnosis.comparing.gates import Gate, check_run_gates, parse_gates
 from bifusion_diag.diagnosis.names import NORM, TOTAL
 from bifusion_diag.diagnosis.quantity import NotMeasured
 from bifusion_diag.diagnosis.spikes import MIN_PREVIOUS, SpikeDetector

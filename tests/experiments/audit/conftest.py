@@ -80,7 +80,7 @@ def clean() -> Audit:
 
 @pytest.fixture(scope="session")
 def fragile(scenes: list[Scene]) -> Audit:
-    """Of the state that failed, on scenes of which one has lost its pose and one has a single object of one superpoint."""
+    """Of the state that failed; one scene has lost its pose, one has a single object of one superpoint."""
     pose = scenes[0].pose.copy()
     pose[:] = -np.inf
     sizes = np.bincount(scenes[1].superpoint)

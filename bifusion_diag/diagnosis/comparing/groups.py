@@ -7,24 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bifusion_diag.diagnosis.alignment import Alignment
-from bifusion_diag.diagnosis.alignment import align as align_runs
-from bifusion_diag.diagnosis.attribution import Attribution, Profile, attribute, profile_of
-from bifusion_diag.diagnosis.compare import (
-    RunAssessment,
-    RunComparison,
-    alignment_limits,
-    assess_part,
-    compare_parts,
-    distinct_names,
-)
-from bifusion_diag.diagnosis.phrase import Phrase, join, say
-from bifusion_diag.diagnosis.quantity import Quantity
-from bifusion_diag.diagnosis.resampling import smallest_p
-from bifusion_diag.diagnosis.restrict import cut_run
-from bifusion_diag.diagnosis.sides import RunGroup, seed_of
-from bifusion_diag.diagnosis.suspicion import Suspect
-from bifusion_diag.diagnosis.tested import (
+from bifusion_diag.diagnosis.assess import RunAssessment, assess_part
+from bifusion_diag.diagnosis.comparing.alignment import Alignment
+from bifusion_diag.diagnosis.comparing.alignment import align as align_runs
+from bifusion_diag.diagnosis.comparing.attribution import Attribution, Profile, attribute, profile_of
+from bifusion_diag.diagnosis.comparing.pair import RunComparison, alignment_limits, compare_parts, distinct_names
+from bifusion_diag.diagnosis.comparing.resampling import smallest_p
+from bifusion_diag.diagnosis.comparing.sides import RunGroup, seed_of
+from bifusion_diag.diagnosis.comparing.suspicion import Suspect
+from bifusion_diag.diagnosis.comparing.tested import (
     Interval,
     Side,
     Tested,
@@ -34,6 +25,9 @@ from bifusion_diag.diagnosis.tested import (
     tested_over_runs,
     tested_over_steps,
 )
+from bifusion_diag.diagnosis.phrase import Phrase, join, say
+from bifusion_diag.diagnosis.quantity import Quantity
+from bifusion_diag.diagnosis.restrict import cut_run
 from bifusion_diag.diagnosis.thresholds import DEFAULT_THRESHOLDS, Thresholds
 from bifusion_diag.diagnosis.verdict import CHANCE, State, Verdict
 from bifusion_diag.record.schema import Run

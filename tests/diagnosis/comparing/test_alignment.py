@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import hypergeom
 
 from bifusion_diag.diagnosis import compare_runs
-from bifusion_diag.diagnosis.alignment import align
+from bifusion_diag.diagnosis.comparing.alignment import align
 from bifusion_diag.diagnosis.criteria import steps_per_epoch
 from bifusion_diag.diagnosis.verdict import fisher_more
 from bifusion_diag.errors import UserError

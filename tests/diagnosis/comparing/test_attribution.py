@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bifusion_diag.diagnosis import compare_runs
-from bifusion_diag.diagnosis.attribution import ATTRIBUTED, Attribution
+from bifusion_diag.diagnosis.comparing.attribution import ATTRIBUTED, Attribution
 from bifusion_diag.record.schema import Run
 
 RunMaker = Callable[..., Run]

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from bifusion_diag.diagnosis.alignment import Alignment
+from bifusion_diag.diagnosis.comparing.alignment import Alignment
 from bifusion_diag.diagnosis.measures import LISTED_LAST, LISTED_STEPS, Measures
 from bifusion_diag.diagnosis.names import NORM, TOTAL, table
 from bifusion_diag.diagnosis.phrase import say

@@ -9,14 +9,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from bifusion_diag.diagnosis.alignment import Alignment
-from bifusion_diag.diagnosis.compare import RunAssessment, RunComparison
-from bifusion_diag.diagnosis.definitions import definition_of, is_defined
-from bifusion_diag.diagnosis.measures import LISTED_STEPS
-from bifusion_diag.diagnosis.names import COEFFICIENT, table
-from bifusion_diag.diagnosis.phrase import Phrase, join, say
-from bifusion_diag.diagnosis.quantity import NotMeasured, Quantity, Reading
-from bifusion_diag.diagnosis.resampling import (
+from bifusion_diag.diagnosis.assess import RunAssessment
+from bifusion_diag.diagnosis.comparing.alignment import Alignment
+from bifusion_diag.diagnosis.comparing.pair import RunComparison
+from bifusion_diag.diagnosis.comparing.resampling import (
     BLOCK_RESAMPLES,
     LEAST_RUNS,
     LEVEL,
@@ -30,6 +26,11 @@ from bifusion_diag.diagnosis.resampling import (
     smallest_p,
     ways,
 )
+from bifusion_diag.diagnosis.definitions import definition_of, is_defined
+from bifusion_diag.diagnosis.measures import LISTED_STEPS
+from bifusion_diag.diagnosis.names import COEFFICIENT, table
+from bifusion_diag.diagnosis.phrase import Phrase, join, say
+from bifusion_diag.diagnosis.quantity import NotMeasured, Quantity, Reading
 from bifusion_diag.diagnosis.restrict import cut_run
 from bifusion_diag.diagnosis.verdict import CHANCE, fisher_more
 from bifusion_diag.record.schema import Run

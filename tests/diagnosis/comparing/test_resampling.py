@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from bifusion_diag.diagnosis import resampling
-from bifusion_diag.diagnosis.resampling import (
+from bifusion_diag.diagnosis.comparing import resampling
+from bifusion_diag.diagnosis.comparing.resampling import (
     block_interval,
     bootstrap_interval,
     holm,

@@ -20,11 +20,11 @@ from typing import Literal
 
 import numpy as np
 
-from bifusion_diag.diagnosis.compare import RunAssessment
+from bifusion_diag.diagnosis.assess import RunAssessment
+from bifusion_diag.diagnosis.comparing.groups import GroupComparison
 from bifusion_diag.diagnosis.criteria import CRITERIA
 from bifusion_diag.diagnosis.definitions import DEFINITIONS, definition_of, is_defined
 from bifusion_diag.diagnosis.findings import SEVERITIES
-from bifusion_diag.diagnosis.groups import GroupComparison
 from bifusion_diag.diagnosis.phrase import say
 from bifusion_diag.diagnosis.quantity import NotMeasured, Quantity, Reading
 from bifusion_diag.diagnosis.rules import RULES, rule_ids

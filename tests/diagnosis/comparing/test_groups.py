@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from bifusion_diag.diagnosis import Quantity
-from bifusion_diag.diagnosis.groups import GroupComparison, compare_groups
+from bifusion_diag.diagnosis.comparing.groups import GroupComparison, compare_groups
+from bifusion_diag.diagnosis.comparing.sides import group_runs
 from bifusion_diag.diagnosis.plain import to_plain
-from bifusion_diag.diagnosis.sides import group_runs
 from bifusion_diag.errors import UserError
 from bifusion_diag.record.schema import Run
 

@@ -1,0 +1,1 @@
+"""Runs against each other: pairs, sides of several seeds, what was tested, what makes up the difference, gates."""
