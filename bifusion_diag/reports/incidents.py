@@ -11,8 +11,9 @@ from html import escape
 from typing import Any
 
 from bifusion_diag.diagnosis.incidents import RecordedIncident, incidents_of
+from bifusion_diag.diagnosis.phrase import Phrase, join, say
 from bifusion_diag.record.schema import Run
-from bifusion_diag.reports.language import tr
+from bifusion_diag.reports.language import listed, tr
 from bifusion_diag.reports.numbers import text
 
 SHOWN = 20  # incidents that the page shows in full, of all its runs; the rest are in the record
@@ -23,6 +24,10 @@ _EVIDENCE, _SAMPLES, _TRIALS = 12, 8, 15
 _COST = "the diagnosis took"  # a label that begins so is of the diagnosis, and no evidence
 _CONTRAST = "the last healthy "  # a label that begins so tells how another batch fared with the same weights
 _WORDS = {"nan": "NaN", "inf": "∞", "-inf": "−∞"}  # numbers as Python writes them
+_COUNTED = {  # what the result of a trial counts
+    r"(?P<bad>\d+) of (?P<count>\d+) steps not finite": "{bad} of {count} steps not finite",
+    r"(?P<n>\d+) spikes": "{n} spikes",
+}
 _ACTIONS = {
     "record": "done all the same",
     "skip": "left out",
@@ -128,7 +133,8 @@ def _article(incident: RecordedIncident, anchor: str) -> IncidentArticle:
         again = tr("The step was not run again: {why}.", why=incident.difference) if incident.difference else ""
     for label, value in incident.evidence.items():
         if label.startswith(_COST) and isinstance(value, float):
-            again += " " + tr("The diagnosis took {times} times as long as the step.", times=f"{value:.1f}")
+            took = tr("The diagnosis took {times} times as long as the step.", times=f"{value:.1f}")
+            again = listed((again, took))
     return IncidentArticle(
         incident.step,
         anchor,
@@ -143,7 +149,7 @@ def _article(incident: RecordedIncident, anchor: str) -> IncidentArticle:
 
 
 def _heading(incident: RecordedIncident) -> str:
-    return ", ".join([tr(incident.heading), *(sample.name for sample in incident.samples[:1])])
+    return listed([incident.heading, *(sample.name for sample in incident.samples[:1])], ", ")
 
 
 def _rows(incident: RecordedIncident) -> list[tuple[str, str]]:
@@ -157,7 +163,7 @@ def _rows(incident: RecordedIncident) -> list[tuple[str, str]]:
         rows.append((tr("sample"), f"{sample.label}: {sample.why}" if sample.why else sample.label))
     action = tr(_ACTIONS.get(incident.action, incident.action))
     harmless = tr("every gradient is good, so nothing need be left out") if incident.harmless else ""
-    rows += [(tr("update"), "; ".join(filter(None, (action, harmless))))] if action or harmless else []
+    rows += [(tr("update"), listed((action, harmless), "; "))] if action or harmless else []
     told = {sample.why for sample in incident.samples} | {f"sample {sample.name}" for sample in incident.samples}
     told |= {incident.source}
     evidence = []
@@ -238,19 +244,28 @@ def _trace(incident: RecordedIncident) -> Trace | None:
 
 def _range(value: Any, bad: Any) -> str:
     shown = "" if value is None else _value(value)
-    return _cut(", ".join(filter(None, (shown, tr("{n} non-finite", n=_value(bad)) if bad else ""))) or "–")
+    return _cut(listed((shown, tr("{n} non-finite", n=_value(bad)) if bad else ""), ", ") or "–")
+
+
+def _result(said: str) -> Phrase:
+    """How a trial went: the phrases of the record one by one."""
+    told = []
+    for phrase in _cut(said).split(", "):
+        counted = ((words, re.fullmatch(pattern, phrase)) for pattern, words in _COUNTED.items())
+        told.append(next((say(words, **found.groupdict()) for words, found in counted if found), phrase))
+    return join(told, ", ")
 
 
 def _trial(trial: Mapping[str, Any]) -> TrialLine:
     patch, lost = trial.get("patch"), trial.get("gives_up")
     patch = patch if isinstance(patch, Mapping) else {}
     lost = [str(one) for one in lost] if isinstance(lost, (list, tuple)) else []
-    result = [tr(str(trial.get("result", ""))), tr("gives up {what}", what="; ".join(lost)) if lost else ""]
+    result = [_result(str(trial.get("result", ""))), say("gives up {what}", what=join(lost, "; ")) if lost else ""]
     cost = trial.get("cost")
     return TrialLine(
         _cut(tr(str(trial.get("name", "")))),
         [(_cut(str(key)), _cut(_plain(value))) for key, value in list(patch.items())[:_EVIDENCE]],
-        _words("; ".join(filter(None, result))),
+        _words(listed(result, "; ")),
         _cut(_value(trial.get("grad_norm"))),
         _cut(_value(trial.get("loss"))),
         "–" if cost is None else _cut(_value(cost)),

@@ -7,7 +7,7 @@ a room that says them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from bifusion_diag.diagnosis.phrase import Phrase, say, translated
+from bifusion_diag.diagnosis.phrase import Phrase, join, say, translated
 from bifusion_diag.errors import UserError
 
 ENGLISH = "en"
@@ -58,6 +58,11 @@ def tr(text: str, /, **values: Any) -> str:
     return translated(phrase, catalogue(_current.get()).get, _joined)
 
 
+def listed(parts: Iterable[str], separator: str = " ") -> str:
+    """Texts one after another in the current language, with its spaces and commas; empty ones are left out."""
+    return tr(join(parts, separator))
+
+
 @cache
 def catalogue(code: str) -> Mapping[str, str]:
     """The translations of a language by their English text; empty for English."""
@@ -71,8 +76,8 @@ def catalogue(code: str) -> Mapping[str, str]:
 
 
 def _joined(separator: str) -> str:
-    """Chinese sentences follow each other without a space."""
-    return "" if separator == " " else separator
+    """Chinese sentences follow each other without a space, and its commas have none after them."""
+    return {" ": "", ", ": "，", "; ": "；"}.get(separator, separator)
 
 
-__all__ = ["ENGLISH", "LANGUAGES", "Phrase", "catalogue", "language", "speaking", "tr"]
+__all__ = ["ENGLISH", "LANGUAGES", "Phrase", "catalogue", "language", "listed", "speaking", "tr"]

@@ -10,7 +10,7 @@ from bifusion_diag.diagnosis.comparing.pair import RunComparison
 from bifusion_diag.diagnosis.settings_diff import flatten
 from bifusion_diag.record.schema import FINGERPRINT, Run
 from bifusion_diag.reports.budget import Budget, cut
-from bifusion_diag.reports.language import tr
+from bifusion_diag.reports.language import listed, tr
 from bifusion_diag.reports.numbers import text
 
 FACTS = {
@@ -44,10 +44,10 @@ def facts(names: Sequence[str], runs: Sequence[Run]) -> list[tuple[str, str]]:
         if len(told) == 1 and (key in OF_SOME_MODELS or all(value for _, value in values)):
             found.append((tr(words), next(iter(told))))
         else:
-            found += [(f"{tr(words)}, {name}", value) for name, value in values if value]
+            found += [(listed((words, name), ", "), value) for name, value in values if value]
     for name, run in zip(names, runs, strict=True):
         steps = tr("{n} step" if len(run.steps) == 1 else "{n} steps", n=text(len(run.steps), whole=True))
-        found.append((name, steps if run.status == "completed" else f"{steps}, {tr(run.status)}"))
+        found.append((name, steps if run.status == "completed" else listed((steps, run.status), ", ")))
     return found
 
 
@@ -60,7 +60,7 @@ def _fact(run: Run, key: str) -> str:
         scenes = tr("{n} scenes", n=value["scenes"]) if "scenes" in value else ""
         labels = value.get("labels") if key == "validation" else None
         parts = (value.get("kind"), value.get("folder"), value.get("file"), scenes, labels)
-        return cut(", ".join(tr(str(part)) for part in parts if part), SHORT)
+        return cut(listed((str(part) for part in parts if part), ", "), SHORT)
     return "" if value is None else cut(tr(str(value)), SHORT)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from bifusion_diag.diagnosis.settings_diff import ABSENT, flatten
 from bifusion_diag.record.schema import Run
 from bifusion_diag.reports.budget import Budget, cut
+from bifusion_diag.reports.language import tr
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,10 @@ def setting_tables(runs: Sequence[Run], budget: Budget) -> list[SettingTable]:
     """Settings of all runs side by side, differences first in each table."""
     tables = []
     for title, sources in (
-        ("Settings", [run.settings for run in runs]),
-        ("Data and weights", [run.provenance for run in runs]),
-        ("Parameters", [run.parameters for run in runs]),
-        ("Environment", [run.environment for run in runs]),
+        (tr("Settings"), [run.settings for run in runs]),
+        (tr("Data and weights"), [run.provenance for run in runs]),
+        (tr("Parameters"), [run.parameters for run in runs]),
+        (tr("Environment"), [run.environment for run in runs]),
     ):
         flat = [flatten(source) for source in sources]
         keys = dict.fromkeys(key for one in flat for key in one)

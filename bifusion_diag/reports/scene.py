@@ -20,6 +20,11 @@ NO_SNAPSHOT = (
 NO_GATE = "the model has no gate: fusion '{fusion}'"
 CONSTANT = "fusion 'simple' has no learned gate: α is ½ where a view sees a point and 0 elsewhere"
 NO_PROBE = "the probe 'gate' was not on"
+_KINDS = {"rgbd": "RGB-D frames"}
+_SPLITS = {
+    "validation": "a validation scene, not trained on",
+    "training": "a scene that the run trains on, here without augmentation",
+}
 
 
 @dataclass(frozen=True)
@@ -127,19 +132,15 @@ def number_text(row: SceneRow) -> Phrase:
         else say("α {when}: no view sees a point", when=moment_text(row)),
         say(", {mean} elsewhere", mean=text(row.mean_invalid)) if row.mean_invalid is not None else "",
         say("; {count} are NaN or infinite", count=text(row.nonfinite, whole=True)) if row.nonfinite else "",
-        ".",
     ]
-    return join(parts, "")
+    return say("{what}.", what=join(parts, ""))
 
 
 def _provenance(run: Run, snapshot: Snapshot) -> Phrase:
     scene = snapshot.scene
     told = scene.provenance
-    kind = {"rgbd": "RGB-D frames"}.get(told.get("kind", ""), told.get("kind", ""))
-    split = {
-        "validation": "a validation scene, not trained on",
-        "training": "a scene that the run trains on, here without augmentation",
-    }.get(told.get("split") or "", "")
+    kind = _KINDS.get(told.get("kind", ""), told.get("kind", ""))
+    split = _SPLITS.get(told.get("split") or "", "")
     what: Sequence[str] = [part for part in (split, kind) if part]
     clip = run.provenance.get("clip_weights")
     return join(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
+from html.parser import HTMLParser
 from pathlib import Path
+from string import Formatter
 from xml.etree import ElementTree
 
 import pytest
@@ -12,11 +16,14 @@ from typer.testing import CliRunner
 
 from bifusion_diag.cli.app import app
 from bifusion_diag.diagnosis import assess_run, compare_runs
+from bifusion_diag.diagnosis.comparing.groups import compare_groups
+from bifusion_diag.diagnosis.comparing.sides import group_runs
 from bifusion_diag.errors import UserError
 from bifusion_diag.record.schema import Run
-from bifusion_diag.reports import language, render_comparison, write_run
+from bifusion_diag.reports import language, render_comparison, render_groups, render_run, write_run
 from bifusion_diag.reports.language import speaking
-from tests.reports.texts import ROOT, source_texts
+from tests.reports.test_incidents import MODULES, capsule, incident, written
+from tests.reports.texts import RECORD_WORDS, ROOT, constants, source_texts
 
 TEMPLATES = ROOT / "reports" / "templates"
 MARK = re.compile("[‹›]")
@@ -81,6 +88,114 @@ def test_a_name_is_not_translated(pseudo: None, baseline: Run) -> None:
     with speaking("zh"):
         page = render_comparison([compare_runs(baseline, baseline)], baseline, [baseline])
     assert "‹baseline-5cm›" not in page
+
+
+def test_every_text_has_a_translation() -> None:
+    known = language.catalogue("zh")
+    assert [f"{where}: {text!r}" for text, where in source_texts().items() if text not in known] == []
+
+
+def test_no_translation_is_left_that_nothing_says() -> None:
+    said = source_texts().keys() | constants()
+    assert [text for text in language.catalogue("zh") if text not in said] == []
+
+
+def test_a_translation_has_the_fields_of_its_text() -> None:
+    for text, translation in language.catalogue("zh").items():
+        assert fields(text) == fields(translation), text
+
+
+def fields(text: str) -> set[tuple[str | None, str | None, str | None]]:
+    """Name, format and conversion of every field that `str.format` fills in."""
+    return {(name, spec, how) for _, name, spec, how in Formatter().parse(text) if name is not None}
+
+
+def test_words_of_records_are_those_that_are_written() -> None:
+    for path, words in RECORD_WORDS.items():
+        source = (ROOT / path).read_text(encoding="utf-8")
+        for word in words:
+            assert all(part in source for part in re.split(r" (?=\()", word)), f"{path}: {word}"
+
+
+class Seen(HTMLParser):
+    """The texts of a page that a reader sees, but for code: each with the tag that it stands in."""
+
+    HIDDEN = ("script", "style", "code", "pre", "dd")  # dd: settings of the environment, stored incident evidence
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.texts: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "link", "br", "wbr", "input"):
+            self.open.append(tag)
+        self.texts += [value for name, value in attrs if name in ("title", "aria-label", "alt") and value]
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.open:
+            while self.open.pop() != tag:
+                pass
+
+    def handle_data(self, data: str) -> None:
+        if not set(self.open) & set(self.HIDDEN):
+            self.texts.append(data)
+
+
+def english(page: str, *names: str) -> list[str]:
+    """Four English words or more one after the other, names of runs and modules left out."""
+    seen = Seen()
+    seen.feed(page)
+    found = []
+    for text in seen.texts:
+        for name in names:
+            text = text.replace(name, "")
+        found += re.findall(r"[A-Za-z]{2,}(?:[ ,'’]+[A-Za-z]{2,}){3,}", text)
+    return found
+
+
+def test_a_comparison_is_in_chinese(baseline: Run, candidate: Run) -> None:
+    with speaking("zh"):
+        page = render_comparison([compare_runs(baseline, candidate)], baseline, [candidate])
+    assert page.count('class="finding"') > 3
+    assert english(page) == []
+
+
+def test_a_run_with_incidents_is_in_chinese(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    folder = capsule(path, 41, {"modules": [{"name": name, "output_bad": 3} for name in MODULES]})
+    trials = [
+        {"name": "lower-lr", "patch": {"optim.lr": 2e-5}, "helps": True, "result": "finite, no spike",
+         "gives_up": ["speed: every step moves a tenth as far"]},
+        {"name": "skip-step", "result": "2 of 11 steps not finite, 3 spikes"},
+        {"name": "as it was", "result": "as it was, bit for bit"},
+    ]  # fmt: skip
+    (folder / "what_if.json").write_text(json.dumps({"trials": trials}))
+    run = written(path, incident(41), incident(50))
+    with speaking("zh"):
+        page = render_run(assess_run(run), run)
+    assert "有限，无尖峰；代价：速度：每步只移动十分之一" in page
+    assert "11 步中有 2 步非有限，3 个尖峰" in page
+    stored = incident(41).explanation  # a text of the record, with the numbers of its step
+    assert english(page, stored, stored.rstrip(".")) == []
+
+
+def test_a_page_of_groups_is_in_chinese(baseline: Run, candidate: Run) -> None:
+    sides = [
+        [
+            dataclasses.replace(
+                run, header=dataclasses.replace(run.header, run_id=f"{run.header.run_id}-{seed}",
+                                                settings={**run.settings, "training": {"seed": seed}})
+            )
+            for seed in (0, 1)
+        ]
+        for run in (baseline, candidate)
+    ]  # fmt: skip
+    reference, others = group_runs(sides[0], sides[1])
+    with speaking("zh"):
+        page = render_groups(compare_groups(reference, others[0]), reference.runs, others[0].runs)
+    assert "检验了什么" in page
+    assert english(page) == []
 
 
 def test_the_page_names_its_language(tmp_path: Path, baseline: Run) -> None:

@@ -18,10 +18,15 @@ import yaml
 from jinja2 import Environment, nodes
 
 import bifusion_diag
+from bifusion_diag.diagnosis import DEFINITIONS
+from bifusion_diag.replay.examine.mechanisms import MECHANISMS
+from bifusion_diag.replay.incident import KINDS
+from bifusion_diag.replay.trials.remedies import REMEDIES
 from bifusion_diag.reports.language import catalogue
 
 ROOT = Path(bifusion_diag.__file__).parent
 TERMINAL = ("terminal.py", "live.py", "terminal_groups.py")  # they speak English
+SILENT = ("__init__.py", "language.py", "palette.py", "svg.py")  # their tables hold names, colours and styles
 SPEAKERS = ("tr", "say")
 MADE_OF_TEXTS = (  # calls whose texts a reader sees
     "Finding", "Evidence", "Rule", "NotMeasured", "Criterion", "Definition", "Summary", "Verdict", "Parting", "Tested",
@@ -32,20 +37,40 @@ STATE_WORDS = ("frozen", "no gradient", "zero", "finite", "non-finite", "not mea
 VERDICT_WORDS = ("stable", "less stable", "unstable", "not enough data")
 RESULT_WORDS = ("pass", "fail", "not measured")
 STATUS_WORDS = ("running", "completed", "interrupted", "failed")
+#: Words of a record that are no user's: file that writes them → words.
+RECORD_WORDS: dict[str, tuple[str, ...]] = {
+    "training/scene.py": ("before training", "when the gate is released", "at the end"),
+    "data/synthetic/rooms.py": ("synthetic rooms", "ground truth (synthetic)"),
+    "data/rgbd.py": ("geometric pseudo-labels", "geometric pseudo-labels (no ground truth)", "ScanNet export"),
+    "model/clip_weights.py": ("random",),
+    "experiments/what_if.py": ("as it was, bit for bit", "finite", "no spike", "1 spike"),
+}
+#: Names of metrics, units, probes, settings and events, which no language changes.
+NAMES = {
+    "mIoU", "AP50", "MiB", "NaN", "strict", "incident", "losses", "grads", "weights", "activations", "attention",
+    "matching", "projection", "updates", "gate", "clip", "flow", "normalize", "absmax",
+}  # fmt: skip
 _WORD = re.compile(r"[A-Za-z]{2}")
-_CODE = re.compile(r"\(\.[+*]|^<|^[\w./*{}-]*[_/*][\w./*{}-]*$|^#|^--|^var\(|^\.|^(?!non-)[a-z]+(-[a-z0-9]+)+$")
+_CODE = re.compile(r"\(\.[+*]|^<|^[\w./*{}()<>-]*[_/*][\w./*{}()<>-]*$|^#|^--|^var\(|^\.|^(?!non-)[a-z]+(-[a-z0-9]+)+$")
 
 
 def source_texts() -> dict[str, str]:
     """Every text, and the first file that says it."""
     found: dict[str, str] = {}
     for path in sorted((ROOT / "reports").rglob("*.py")):
-        if path.name not in TERMINAL:
+        if path.name not in (*TERMINAL, *SILENT):
             _add(found, path, _of_reports(ast.parse(path.read_text(encoding="utf-8"))))
     for path in sorted((ROOT / "reports" / "templates").glob("*.html.j2")):
         _add(found, path, _of_template(path.read_text(encoding="utf-8")))
     for path in sorted((ROOT / "diagnosis").rglob("*.py")):
         _add(found, path, _of_diagnosis(ast.parse(path.read_text(encoding="utf-8"))))
+    _add(found, ROOT / "replay" / "trials" / "remedies.py", (one.gives_up for one in REMEDIES.values()))
+    titles = [*(one.title for one in MECHANISMS.values()), *(kind.replace("-", " ").capitalize() for kind in KINDS)]
+    said = (*titles, *map(_within_sentence, titles), *(one.why for one in MECHANISMS.values()))
+    _add(found, ROOT / "replay" / "examine" / "mechanisms.py", iter(said))
+    definitions = (text for one in DEFINITIONS for text in (one.title, one.text, one.group))
+    _add(found, ROOT / "diagnosis" / "definitions.py", definitions)
+    _add(found, ROOT / "reports", (word for words in RECORD_WORDS.values() for word in words))
     words = (*SEVERITY_WORDS, *STATE_WORDS, *VERDICT_WORDS, *RESULT_WORDS, *STATUS_WORDS)
     _add(found, ROOT / "diagnosis", iter(words))
     return found
@@ -53,7 +78,7 @@ def source_texts() -> dict[str, str]:
 
 def _add(found: dict[str, str], path: Path, texts: Iterator[str]) -> None:
     for text in texts:
-        if text and _WORD.search(text) and not _CODE.search(text):
+        if text and text not in NAMES and _WORD.search(text) and not _CODE.search(text):
             found.setdefault(text, str(path.relative_to(ROOT.parent)))
 
 
@@ -78,14 +103,28 @@ def _of_diagnosis(tree: ast.Module) -> Iterator[str]:
     yield from _sentences(tree)
 
 
+def _within_sentence(title: str) -> str:
+    """As the verdict says it."""
+    return f"{title[0].lower()}{title[1:]}" if title.split()[0].istitle() else title
+
+
 def _tables(tree: ast.Module) -> Iterator[str]:
-    """The values of module-level tables."""
+    """The values of module-level tables, but not what other texts are told by the beginning of."""
+    beginnings = {
+        argument.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and _name(node) == "startswith"
+        for argument in node.args
+        if isinstance(argument, ast.Name)
+    }
     for node in tree.body:
         if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
             value = node.value
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            if any(isinstance(target, ast.Name) and target.id == "__all__" for target in targets):
+            if any(isinstance(target, ast.Name) and target.id in {"__all__", *beginnings} for target in targets):
                 continue
+            if isinstance(value, ast.Constant) and " " not in str(value.value):
+                continue  # a name, not a text
             if not isinstance(value, ast.Call) or _name(value) not in ("compile", "ContextVar", "TypeVar"):
                 yield from _constants(value)
 
@@ -116,15 +155,27 @@ def _constants(node: ast.expr) -> Iterator[str]:
         for value in node.values:
             yield from _constants(value)
     elif isinstance(node, ast.Tuple | ast.List | ast.Set):
-        for value in node.elts:
+        for value in _without_name(node.elts) if isinstance(node, ast.Tuple) else node.elts:
             yield from _constants(value)
     elif isinstance(node, ast.Starred):
         yield from _constants(node.value)
-    elif isinstance(node, ast.Call):
-        for value in (*node.args, *(keyword.value for keyword in node.keywords)):
+    elif isinstance(node, ast.Call) and _name(node) != "get":  # what it gets is said in the table that it is from
+        for value in (
+            *(_without_name(node.args) if _name(node) == "Quantity" else node.args),
+            *(keyword.value for keyword in node.keywords),
+        ):
             yield from _constants(value)
     elif isinstance(node, ast.Subscript):
         yield from _constants(node.value)
+
+
+def _without_name(entries: list[ast.expr]) -> list[ast.expr]:
+    """A row of a table begins with its name where a text comes after that."""
+    first, *rest = entries or [None]
+    named = isinstance(first, ast.Constant) and isinstance(first.value, str) and " " not in first.value
+    return (
+        rest if named and any(isinstance(one, ast.Constant) and isinstance(one.value, str) for one in rest) else entries
+    )
 
 
 def _name(node: ast.Call) -> str:
@@ -137,6 +188,13 @@ def _of_template(text: str) -> Iterator[str]:
         if node.name == "tr" and node.node is not None:
             consts = [node.node] if isinstance(node.node, nodes.Const) else node.node.find_all(nodes.Const)
             yield from (const.value for const in consts if isinstance(const.value, str))
+
+
+def constants() -> set[str]:
+    """Every string in the source: what a translation may be of, where it is a value of another text."""
+    trees = (ast.parse(path.read_text(encoding="utf-8")) for path in ROOT.rglob("*.py"))
+    return {node.value for tree in trees for node in ast.walk(tree)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)}  # fmt: skip
 
 
 def main(arguments: list[str]) -> int:

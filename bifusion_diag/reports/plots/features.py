@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from bifusion_diag.diagnosis.criteria import ALPHA_BAND
 from bifusion_diag.diagnosis.names import CLIP_PLACES, loss_terms
 from bifusion_diag.record.schema import Run, Series
-from bifusion_diag.reports.language import tr
+from bifusion_diag.reports.language import listed, tr
 from bifusion_diag.reports.numbers import text
 from bifusion_diag.reports.palette import ACCENT, BASELINE, CATEGORY, NON_FINITE, RULE
 from bifusion_diag.reports.plots.timeline import Trace
@@ -71,9 +71,12 @@ def draw_clip_ranges(trace: Trace, name: str) -> Plot | None:
             axes.tick_params(labelbottom=axes is panels[-1])
         panels[-1].set_xlabel(tr("step"))
         largest = {place: trace.measures.number(f"clip/{place}/absmax") for place in places}
-        told = "; ".join(
-            tr("largest |x| {value}, {place}", value=text(value), place=tr(PLACES[place]))
-            for place, value in largest.items()
+        told = listed(
+            (
+                tr("largest |x| {value}, {place}", value=text(value), place=tr(PLACES[place]))
+                for place, value in largest.items()
+            ),
+            "; ",
         )
         alt = tr("CLIP feature ranges of {name}: {told}.", name=trace.label, told=told)
         return Plot(
@@ -268,7 +271,7 @@ def draw_terms(trace: Trace, name: str, *, colours: Mapping[str, str] | None = N
             shares=told,
         )
         if zero and zero != drawn:
-            caption += " " + tr("Not drawn, as zero at every step: {terms}.", terms=", ".join(zero))
+            caption = listed((caption, tr("Not drawn, as zero at every step: {terms}.", terms=", ".join(zero))))
         alt = tr("Weighted loss terms of {name}; mean shares: {shares}.", name=trace.label, shares=told)
         return Plot(
             name,

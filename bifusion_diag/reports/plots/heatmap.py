@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from bifusion_diag.diagnosis.modules import STATES
 from bifusion_diag.diagnosis.origins import gradient_modules
 from bifusion_diag.record.schema import Run, Series
-from bifusion_diag.reports.language import tr
+from bifusion_diag.reports.language import listed, tr
 from bifusion_diag.reports.numbers import text
 from bifusion_diag.reports.palette import INK, NON_FINITE, PAPER, QUIET, RULE
 from bifusion_diag.reports.plots.timeline import Trace, span
@@ -422,7 +422,7 @@ def _caption(traces: Sequence[Trace], grids: Sequence[tuple[Trace, Grid]], quant
         count=count,
         shown=shown,
     )
-    return f"{told} {grouped}"
+    return listed((told, grouped))
 
 
 def _alt(grids: Sequence[tuple[Trace, Grid]], quantity: Quantity) -> str:
@@ -439,4 +439,4 @@ def _alt(grids: Sequence[tuple[Trace, Grid]], quantity: Quantity) -> str:
                 rows=len(grid.names),
             )
         )
-    return tr("{title}. {runs}.", title=tr(quantity.title), runs="; ".join(parts))
+    return tr("{title}. {runs}.", title=tr(quantity.title), runs=listed(parts, "; "))

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from bifusion_diag.diagnosis.instruments import GRADIENT_COSINE, GRADIENT_SHARE, UPDATE_RATIO, matching
 from bifusion_diag.record.schema import Series
-from bifusion_diag.reports.language import tr
+from bifusion_diag.reports.language import listed, tr
 from bifusion_diag.reports.numbers import text
 from bifusion_diag.reports.palette import ACCENT, BASELINE, CATEGORY, QUIET, RULE
 from bifusion_diag.reports.plots.timeline import Trace
@@ -146,7 +146,7 @@ def draw_gradients(trace: Trace, name: str, *, colours: Mapping[str, str] | None
         fight = ""
         if against:
             one, _, other = worst[0].partition("/")
-            fight = " " + tr(
+            fight = tr(
                 "The median cosine is below 0 for {n} of {pairs} pairs of terms, smallest for {one} and {other} "
                 "({cosine}): they pull in opposite directions.",
                 n=len(against),
@@ -156,15 +156,16 @@ def draw_gradients(trace: Trace, name: str, *, colours: Mapping[str, str] | None
                 cosine=text(cosines[worst[0]].stats.p50),
             )
         alt = tr("Share of each loss term in the gradient of {name}, medians: {told}.", name=trace.label, told=told)
+        alt = listed((alt, fight))
         caption = tr(
             "Norm of the weighted term's gradient on shared modules ÷ the sum of all. Medians: {told}.", told=told
         )
         return Plot(
             name,
             tr("Which term moves the shared weights, {name}", name=trace.label),
-            caption + fight,
-            alt + fight,
-            render(figure, name, alt + fight),
+            listed((caption, fight)),
+            alt,
+            render(figure, name, alt),
             time_axis(panels[-1]),
             zoom=zoom.data(),
         )
@@ -223,12 +224,13 @@ def draw_throughput(trace: Trace, name: str) -> Plot | None:
         medians = {tr(words): trace.measures.number(f"throughput/{phase}_seconds") for phase, words, _ in PHASES}
         told = ", ".join(f"{words} {text(value)} s" for words, value in medians.items() if value is not None)
         took = _memory(trace)
-        alt = tr("Seconds of a step by phase, {name}; medians: {told}.", name=trace.label, told=told) + took
+        alt = tr("Seconds of a step by phase, {name}; medians: {told}.", name=trace.label, told=told)
+        alt = listed((alt, took))
         caption = tr("Seconds, mean over {bins} time bins at most. Medians: {told}.", bins=BINS, told=told)
         return Plot(
             name,
             tr("Where the time goes, {name}", name=trace.label),
-            caption + took,
+            listed((caption, took)),
             alt,
             render(figure, name, alt),
             time_axis(axes),
@@ -240,11 +242,9 @@ def _memory(trace: Trace) -> str:
     """The peak of the device's memory, or of the process's, as a sentence; "" where neither was measured."""
     device = trace.measures.number("throughput/device_peak_mib")
     if device is not None:
-        return " " + tr("Peak CUDA memory: {mib} MiB.", mib=text(device, whole=True))
+        return tr("Peak CUDA memory: {mib} MiB.", mib=text(device, whole=True))
     resident = trace.measures.number("throughput/peak_resident_mib")
-    return (
-        "" if resident is None else " " + tr("Peak memory of the process: {mib} MiB.", mib=text(resident, whole=True))
-    )
+    return "" if resident is None else tr("Peak memory of the process: {mib} MiB.", mib=text(resident, whole=True))
 
 
 def _positive(values: NDArray[np.float64]) -> NDArray[np.float64]:

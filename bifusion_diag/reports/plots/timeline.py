@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from bifusion_diag.diagnosis.measures import Measures
 from bifusion_diag.diagnosis.names import NORM, TOTAL
 from bifusion_diag.record.schema import Run, Series
-from bifusion_diag.reports.language import tr
+from bifusion_diag.reports.language import listed, tr
 from bifusion_diag.reports.numbers import text
 from bifusion_diag.reports.palette import BAND, INK, NON_FINITE, QUIET, RULE, SPIKE
 from bifusion_diag.reports.reduce import MAX_VERTICES, min_max, smoothed, vertices
@@ -122,11 +122,7 @@ def _caption(traces: Sequence[Trace]) -> str:
     )
     marks = tr("Ticks on top: bad steps, red non-finite, orange spike.")
     links = tr("A diamond leads to the incident.") if any(trace.incidents for trace in traces) else ""
-    return _sentences(lines, marks, links)
-
-
-def _sentences(*parts: str) -> str:
-    return " ".join(part for part in parts if part)
+    return listed((lines, marks, links))
 
 
 def _draw_rug(axes: Axes, traces: Sequence[Trace], zoom: Zoom) -> None:
@@ -280,7 +276,7 @@ def _alt(traces: Sequence[Trace]) -> str:
                 norm=text(max(largest, default=None)),
             )
         )
-    return tr("Losses and pre-clip gradient norm over time. {runs}.", runs="; ".join(parts))
+    return tr("Losses and pre-clip gradient norm over time. {runs}.", runs=listed(parts, "; "))
 
 
 def _readout(traces: Sequence[Trace]) -> dict[str, tuple[list[int], list[float | None]]]:

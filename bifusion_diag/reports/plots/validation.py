@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from bifusion_diag.diagnosis.names import AP50, MIOU
 from bifusion_diag.diagnosis.validation import against, evaluated_at, same_validation
-from bifusion_diag.reports.language import tr
+from bifusion_diag.reports.language import listed, tr
 from bifusion_diag.reports.numbers import text
 from bifusion_diag.reports.palette import RULE
 from bifusion_diag.reports.plots.timeline import READOUT, Trace, span
@@ -63,7 +63,7 @@ def draw_validation(traces: Sequence[Trace]) -> Plot | None:
         alt = _alt(metrics)
         return Plot(
             "validation",
-            tr("mIoU and AP50 on validation scenes") + _labels(traces),
+            listed((tr("mIoU and AP50 on validation scenes"), *_labels(traces)), ", "),
             _note(metrics),
             alt,
             render(figure, "validation", alt),
@@ -73,13 +73,13 @@ def draw_validation(traces: Sequence[Trace]) -> Plot | None:
         )
 
 
-def _labels(traces: Sequence[Trace]) -> str:
+def _labels(traces: Sequence[Trace]) -> list[str]:
     """What is measured against, where that is not the truth; with the names of the runs where it is not so of all."""
     traces = [trace for trace in traces if trace.run.names("eval/")]
     words = {trace.label: against(trace.run) for trace in traces}
     if len({*words.values()}) == 1:
-        return "".join(f", {tr(each)}" for each in list(words.values())[:1] if each)
-    return "".join(f", {label} {tr(each)}" for label, each in words.items() if each)
+        return [each for each in list(words.values())[:1] if each]
+    return [f"{label} {tr(each)}" for label, each in words.items() if each]
 
 
 def _note(metrics: Mapping[str, Sequence[_Curve]]) -> str:
@@ -88,7 +88,7 @@ def _note(metrics: Mapping[str, Sequence[_Curve]]) -> str:
     runs = [curve.trace.run for curves in metrics.values() for curve in curves]
     if all(same_validation(runs[0], run) for run in runs):
         return note
-    return f"{note} {tr('The runs were evaluated on different scenes: their curves cannot be compared.')}"
+    return listed((note, tr("The runs were evaluated on different scenes: their curves cannot be compared.")))
 
 
 def _curves(traces: Sequence[Trace], name: str) -> list[_Curve]:
@@ -115,7 +115,7 @@ def _alt(metrics: Mapping[str, Sequence[_Curve]]) -> str:
         for name, curves in metrics.items()
         for curve in curves
     ]
-    return tr("mIoU and AP50 on validation scenes over time. At the last evaluation: {told}.", told="; ".join(last))
+    return tr("mIoU and AP50 on validation scenes over time. At the last evaluation: {told}.", told=listed(last, "; "))
 
 
 def _readout(metrics: Mapping[str, Sequence[_Curve]]) -> dict[str, tuple[list[int], list[float | None]]]:
