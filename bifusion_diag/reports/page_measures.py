@@ -10,7 +10,7 @@ from bifusion_diag.diagnosis.comparing.pair import RunComparison
 from bifusion_diag.diagnosis.definitions import DEFINITIONS, definition_of, member_of
 from bifusion_diag.diagnosis.quantity import NotMeasured, Reading
 from bifusion_diag.reports.budget import Budget
-from bifusion_diag.reports.language import tr
+from bifusion_diag.reports.language import listed, tr
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def run_measures(assessment: RunAssessment, budget: Budget) -> tuple[list[Measur
 def _title(key: str) -> str:
     member = member_of(key)
     title = tr(definition_of(key).title)
-    return title if member in ("", "*") else f"{title}, {member}"
+    return title if member in ("", "*") else listed((title, member), ", ")
 
 
 def _groups(rows: Iterable[tuple[str, MeasureRow]]) -> list[MeasureGroup]:

@@ -222,7 +222,7 @@ def draw_throughput(trace: Trace, name: str) -> Plot | None:
         axes.set_xlabel(tr("step"))
         end_labels(axes, labels)
         medians = {tr(words): trace.measures.number(f"throughput/{phase}_seconds") for phase, words, _ in PHASES}
-        told = ", ".join(f"{words} {text(value)} s" for words, value in medians.items() if value is not None)
+        told = listed((f"{words} {text(value)} s" for words, value in medians.items() if value is not None), ", ")
         took = _memory(trace)
         alt = tr("Seconds of a step by phase, {name}; medians: {told}.", name=trace.label, told=told)
         alt = listed((alt, took))
