@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from bifusion_diag.diagnosis.phrase import say
+from bifusion_diag.diagnosis.phrase import Name, say
 from bifusion_diag.record.schema import Event, IncidentFiles, Run
 
 UNKNOWN = "unknown"
@@ -111,14 +111,14 @@ class RecordedIncident:
     def heading(self) -> str:
         """The title and where it began."""
         if self.module is not None and self.module != _ROOT:
-            return say("{title} ({place})", title=self.title, place=self.module)
+            return say("{title} ({place})", title=self.title, place=Name(self.module))
         return say("{title} (loss term {term})", title=self.title, term=self.terms[0]) if self.terms else self.title
 
     @property
     def place(self) -> str:
         """Where it began, in words."""
         if self.module is not None:
-            return "the model itself" if self.module == _ROOT else self.module
+            return "the model itself" if self.module == _ROOT else Name(self.module)
         if self.terms and self.direction != "data":
             return say("loss term {term}", term=self.terms[0])
         return _PARTS.get(self.direction, self.direction) or "a place that was not found"
@@ -148,7 +148,7 @@ def _read(event: Event, step: int, stored: Mapping[str, Any], files: IncidentFil
         family=event.kind,
         kind=kind,
         message=_text(event.message),
-        alarm=say("{alarm} of {place}", alarm=alarm, place=where[0])
+        alarm=say("{alarm} of {place}", alarm=alarm, place=Name(where[0]))
         if alarm and where
         else "".join([alarm, *where[:1]]),
         value=_finite(trigger.get("value")),

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bifusion_diag.diagnosis.names import is_exact, loss_terms, table
-from bifusion_diag.diagnosis.phrase import say
+from bifusion_diag.diagnosis.phrase import Name, say
 from bifusion_diag.diagnosis.spikes import FACTOR, MIN_PREVIOUS, WINDOW
 from bifusion_diag.record.schema import Run
 
@@ -52,8 +52,8 @@ class Origin:
             *first, last = self.terms
             if not first:
                 return say("loss term {term}", term=last)
-            return say("loss terms {first} and {last}", first=", ".join(first), last=last)
-        return self.module
+            return say("loss terms {first} and {last}", first=Name(", ".join(first)), last=Name(last))
+        return None if self.module is None else Name(self.module)
 
 
 def trace_origins(run: Run, nonfinite: Sequence[int], spikes: Sequence[int]) -> tuple[Origin, ...]:

@@ -34,6 +34,16 @@ class Phrase(str):
         return self.template, self.values
 
 
+class Name(str):
+    """What is called by the user: the same in every language, also where it is a word, as a module "criterion" is."""
+
+
+#: Fields of templates that hold names.
+NAMES = frozenset(
+    ("module", "term", "terms", "series", "name", "names", "baseline", "candidate", "candidates", "scenes", "samples")
+)
+
+
 class _Sequence(Phrase):
     """Several sentences, each said by itself."""
 
@@ -71,12 +81,15 @@ def translated(text: str, known: Callable[[str], str | None], joined: Callable[[
     """
     if isinstance(text, _Sequence):
         return joined(text.separator).join(translated(part, known, joined) for part in text.parts)
+    if isinstance(text, Name):
+        return str(text)
     if not isinstance(text, Phrase):
         return known(text) or text
     template = known(text.template) or text.template
-    return template.format(
-        **{
-            name: translated(value, known, joined) if isinstance(value, str) else value
-            for name, value in text.values.items()
-        }
-    )
+
+    def said(name: str, value: Any) -> Any:
+        if not isinstance(value, str) or (name in NAMES and not isinstance(value, Phrase)):
+            return value
+        return translated(value, known, joined)
+
+    return template.format(**{name: said(name, value) for name, value in text.values.items()})

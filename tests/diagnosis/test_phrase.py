@@ -6,7 +6,7 @@ import copy
 import json
 import pickle
 
-from bifusion_diag.diagnosis.phrase import join, say, translated
+from bifusion_diag.diagnosis.phrase import Name, join, say, translated
 
 KNOWN = {
     "{count} of {total} steps": "共 {total} 步中的 {count} 步",
@@ -37,3 +37,17 @@ def test_joined_sentences_are_said_one_by_one() -> None:
 
 def test_an_unknown_template_stays_english() -> None:
     assert translated(say("{n} apples", n=2), KNOWN.get) == "2 apples"
+
+
+def test_names_are_said_as_they_are() -> None:
+    known = {
+        **KNOWN,
+        "criterion": "标准",
+        "It starts in {place}.": "始于{place}。",
+        "{name} is {state}.": "{name}：{state}。",
+    }
+    assert translated(say("It starts in {place}.", place="criterion"), known.get) == "始于标准。"
+    assert translated(say("It starts in {place}.", place=Name("criterion")), known.get) == "始于criterion。"
+    assert translated(say("{name} is {state}.", name="stable", state="stable"), known.get) == "stable：稳定。"
+    copied = pickle.loads(pickle.dumps(say("It starts in {place}.", place=Name("criterion"))))
+    assert translated(copied, known.get) == "始于criterion。"
