@@ -178,7 +178,7 @@ class Monitor:
             name=out.stem if path is out else out.absolute().name,
             settings=self._settings,
             environment=collect_environment() | {"threads": torch.get_num_threads()},
-            provenance={} if self._recorder is None else {"flight_recorder": self._recorder.policy},
+            provenance=self._provenance(),
             parameters=self._part_sizes(),
             probes=[probe.name for probe in self.probes],
         )
@@ -187,6 +187,11 @@ class Monitor:
         goes_on = self._next > 0 and (record_folder(path, rank) / HEADER_FILE).is_file()
         resume_at = self._next if goes_on else None
         return RunWriter(path, header, resume_at=resume_at, tensorboard=tensorboard, rank=rank, ranks=world_size())
+
+    def _provenance(self) -> dict[str, Any]:
+        """What rules ask for: the recorder's policy, and whether several optimisers may pull against each other."""
+        found: dict[str, Any] = {} if self._recorder is None else {"flight_recorder": self._recorder.policy}
+        return found | ({"optimizers": len(self.optimizers)} if len(self.optimizers) > 1 else {})
 
     def _part_sizes(self) -> dict[str, dict[str, int]]:
         """Parameters of the model's children: all, and those that learn."""

@@ -4,6 +4,7 @@ left to it."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,8 +15,8 @@ from bifusion_diag.diagnosis.origins import Origin, most_common_place
 from bifusion_diag.diagnosis.phrase import join, say
 from bifusion_diag.diagnosis.quantity import NotMeasured, Quantity, Reading
 from bifusion_diag.diagnosis.rules.projection import LETS_THROUGH, SANITIZE
-from bifusion_diag.diagnosis.rules.series import smoothed_note
-from bifusion_diag.diagnosis.spikes import FACTOR, WINDOW
+from bifusion_diag.diagnosis.rules.series import is_whole, smoothed_note
+from bifusion_diag.diagnosis.spikes import FACTOR, MIN_PREVIOUS, WINDOW
 
 LOSS_FACTOR = 1.5  # a loss above so many times its median of the steps before has risen
 
@@ -121,8 +122,16 @@ def gradient_spike(context: Context) -> list[Finding] | NotMeasured:
     if not steps:
         return []
     place = most_common_place(steps)
+    where = [origin.step for origin in steps]
+    jump = _largest_jump(context, where)
     evidence = _steps_evidence(context, steps, NORM)
-    mechanism = [_loss_at_spikes(context, [origin.step for origin in steps])]
+    mechanism = [_loss_at_spikes(context, where)]
+    if jump is not None:
+        evidence += (
+            Evidence("largest gradient norm of these steps", Quantity(jump.norm), NORM),
+            Evidence("median of the steps before it", Quantity(jump.before), NORM),
+        )
+        mechanism.append(_AS_LARGE if jump.as_large_at_first else "")
     module = None
     if place is not None:
         module, count = place
@@ -146,7 +155,7 @@ def gradient_spike(context: Context) -> list[Finding] | NotMeasured:
     return [
         Finding(
             "gradient-spike",
-            "warning",
+            "note" if jump is not None and jump.as_large_at_first else "warning",
             "The gradient norm jumps",
             evidence,
             join(mechanism),
@@ -156,6 +165,33 @@ def gradient_spike(context: Context) -> list[Finding] | NotMeasured:
             bad_steps=len(steps),
         )
     ]
+
+
+_AS_LARGE = (
+    "The run began with norms as large as these, and trained: they are long only beside those of a loss that has "
+    "become small."
+)
+
+
+class _Jump(NamedTuple):
+    """The largest norm of some spikes."""
+
+    norm: float
+    before: float  # median of the window before it
+    as_large_at_first: bool  # the median of the run's first steps is no smaller
+
+
+def _largest_jump(context: Context, steps: Sequence[int]) -> _Jump | None:
+    """None where the record is reduced."""
+    norm = context.run.series(NORM)
+    if norm is None or not norm.exact:
+        return None
+    place = max(np.searchsorted(norm.steps, steps).tolist(), key=lambda at: float(norm.value[at]))
+    largest, before = float(norm.value[place]), norm.value[max(0, place - WINDOW) : place]
+    first = norm.value[:MIN_PREVIOUS]
+    began = float(np.median(first[np.isfinite(first)])) if np.isfinite(first).any() else 0.0
+    as_large = is_whole(context.run) and place >= MIN_PREVIOUS and began >= largest
+    return _Jump(largest, float(np.median(before[np.isfinite(before)])), as_large)
 
 
 def _is_finite(context: Context, name: str, step: int) -> bool | None:

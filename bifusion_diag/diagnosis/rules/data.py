@@ -51,13 +51,14 @@ def data_range(context: Context) -> list[Finding] | NotMeasured:
         )
         if exact:
             evidence += (Evidence("steps", Quantity(len(steps), "steps"), same[0].series.name),)
+        usual = what in _IN_METRES and all(_is_usual(context, oddity) for oddity in same)
         findings.append(
             Finding(
                 "data-range",
-                "warning",
+                "note" if usual else "warning",
                 what,
                 evidence,
-                _MECHANISMS[what],
+                join([_OTHER_UNIT if usual else "", _MECHANISMS[what]]),
                 (steps[0], steps[-1]),
                 len(steps) if exact else None,
             )
@@ -93,6 +94,22 @@ _MECHANISMS: Mapping[str, str] = {
 }
 
 
+_IN_METRES = (_FAR, _DEEP)
+_OTHER_UNIT = (
+    "It is so at most steps, so that these may be no metres: millimetres that the model scales, indices of voxels, or "
+    "no scene at all."
+)
+
+
+def _is_usual(context: Context, oddity: _Oddity) -> bool:
+    """Whether most batches of a loop that is not ours go beyond the limit: their unit is not known, ours is metres."""
+    return not _is_ours(context) and 2 * len(oddity.steps) > int(np.isfinite(oddity.series.max).sum())
+
+
+def _is_ours(context: Context) -> bool:
+    return declared(context.run.settings, "model.decoder") is not None
+
+
 def _oddities(context: Context, name: str, low: Series | None, high: Series) -> list[_Oddity]:
     """What is odd about one field."""
     field, found = name.rpartition(".")[2], []
@@ -119,9 +136,8 @@ def _oddities(context: Context, name: str, low: Series | None, high: Series) -> 
 def _colour_range(context: Context, high: Series) -> tuple[float, float]:
     """Between what colours should be: of our own runs, whose colours are normalised, and of others that look so, a few
     deviations; else 8 bits."""
-    ours = declared(context.run.settings, "model.decoder") is not None
     middle = high.stats.p50 or 0.0
-    return (-NORMALISED, NORMALISED) if ours or middle <= NORMALISED else (0.0, 255.0)
+    return (-NORMALISED, NORMALISED) if _is_ours(context) or middle <= NORMALISED else (0.0, 255.0)
 
 
 def _above(what: str, label: str, series: Series, limit: float, unit: str = "") -> _Oddity | None:

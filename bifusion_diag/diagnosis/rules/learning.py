@@ -12,6 +12,7 @@ from bifusion_diag.diagnosis.findings import Context, Evidence, Finding, Severit
 from bifusion_diag.diagnosis.names import TOTAL
 from bifusion_diag.diagnosis.phrase import join, say
 from bifusion_diag.diagnosis.quantity import NotMeasured, Quantity
+from bifusion_diag.diagnosis.rules.declared import declared_number
 from bifusion_diag.diagnosis.rules.series import is_whole
 from bifusion_diag.diagnosis.trend import BLOCKS, MIN_VALUES, block_levels, noise_of
 from bifusion_diag.record.schema import Ints, Run, Series
@@ -22,6 +23,8 @@ CHANCE = 0.01  # p below which a fall is taken as one
 SUPERIORITY = 0.6  # a step of the end has a lower loss than one of the beginning so often at least, where it has fallen
 DEVIATIONS = 2.0  # of a step's noise: what the end has to be above the best by, as well as
 MEDIAN_DEVIATIONS = 6.0  # of a block's median
+WORSE = 0.5  # of the loss at the beginning: what the end has to be above it by to be an error; a term that gains weight
+#  raises a sound loss by less
 MEDIAN_ERROR = 1.25  # standard error of a median of n normal values, times √n and ÷ their deviation
 _NOT_WHOLE = "the record begins at step {step}: what was learnt before is not in it"
 _STAGE = "stage"  # kind of an event from which on the loss may be another sum
@@ -44,7 +47,7 @@ def nothing_learned(context: Context) -> list[Finding] | NotMeasured:
         return []
     p, superiority, early, late = tests[-1]
     resumed = context.settings.get("model.init_from", "None") not in ("None", "null", "")
-    severity: Severity = "note" if resumed else "warning"
+    severity: Severity = "note" if resumed or _several_optimisers(context) else "warning"
     evidence = [
         Evidence("median loss at the beginning", Quantity(early), TOTAL),
         Evidence("median loss of the last quarter", Quantity(late), TOTAL),
@@ -60,6 +63,7 @@ def nothing_learned(context: Context) -> list[Finding] | NotMeasured:
             "the weights hardly move, or what moves them does not carry the labels: a frozen part, a detached loss, "
             "shuffled targets, a learning rate far too small or far too large.",
             "The run starts from trained weights, which may have been at their best already." if resumed else "",
+            _OPPOSED if _several_optimisers(context) else "",
         ]
     )
     span = int(parts[0][0][0]), int(parts[-1][0][-1])
@@ -100,13 +104,26 @@ def loss_divergence(context: Context) -> list[Finding] | NotMeasured:
             "from step to step: it is no bad batch. Steps that are too long for the loss's curvature, or weights that "
             "a bad step has thrown away, look like this.",
             "The loss is now above where it began." if worse else "",
+            _OPPOSED if _several_optimisers(context) else "",
         ]
     )
     climbed = int(np.flatnonzero(levels <= levels[best] + rise / 2)[-1]) + 1
     begin = int(steps[offset + climbed * size])
     title = "The loss climbs and stays up"
-    severity: Severity = "error" if worse else "warning"
+    lost = worse and final - initial > WORSE * abs(initial)
+    grades: tuple[Severity, Severity] = ("warning", "note") if _several_optimisers(context) else ("error", "warning")
+    severity = grades[0 if lost else 1]
     return [Finding("loss-divergence", severity, title, evidence, mechanism, (begin, int(steps[-1])))]
+
+
+_OPPOSED = (
+    "The run has several optimisers: where their losses pull against each other, as in adversarial training, the sum "
+    "of these need not fall."
+)
+
+
+def _several_optimisers(context: Context) -> bool:
+    return declared_number(context.run.provenance, "optimizers") is not None
 
 
 def _stages(run: Run, total: Series) -> Iterator[tuple[Ints, NDArray[np.float64], int]]:

@@ -96,7 +96,7 @@ def _of_the_gradient(context: Context, gradients: Mapping[str, Series]) -> list[
         drowned = True
         if isinstance(share, Quantity):
             evidence += (Evidence("mean share of the loss", share, f"loss/{term}/weighted"),)
-            drowned = 1 - (share.value or 0.0) >= context.thresholds.conflict_share
+            drowned = _beside(context, term, gradients, share) >= context.thresholds.conflict_share
         mechanism = join(
             [
                 "Where the terms share weights, this one decides where these go. Clipping by the whole norm takes from "
@@ -113,6 +113,14 @@ def _of_the_gradient(context: Context, gradients: Mapping[str, Series]) -> list[
         severity: Severity = "warning" if drowned else "note"
         findings.append(Finding("dominant-term", severity, title, evidence, mechanism, term=term, remedy=remedy))
     return findings
+
+
+def _beside(context: Context, term: str, gradients: Mapping[str, Series], share: Quantity) -> float:
+    """Share of the loss of the other terms that reach the compared weights too: a term of another part of the model,
+    such as a critic's, is not drowned by one that it shares no weight with."""
+    others = [context.reading(f"loss_share/{other}") for other in gradients if other != term]
+    known = [other.value or 0.0 for other in others if isinstance(other, Quantity)]
+    return sum(known) if len(known) == len(others) else 1 - (share.value or 0.0)
 
 
 def _lighter(context: Context, term: str, share: float) -> dict[str, Any] | None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import tempfile
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,7 +15,8 @@ from rule_runs import CLASSES, FEATURES, batch_of, classifier, cross_entropy, fo
 from torch import Tensor, nn
 
 from bifusion_diag.diagnosis import NotMeasured, assess_run
-from bifusion_diag.probes import DataProbe
+from bifusion_diag.diagnosis.full import load_measured
+from bifusion_diag.probes import DataProbe, Monitor
 from bifusion_diag.record.schema import Run
 
 GRADS = ("grads", "losses")
@@ -223,3 +227,47 @@ def test_a_watched_run_without_a_bad_step_has_no_incident(healthy: Run) -> None:
     header = dataclasses.replace(healthy.header, provenance={"flight_recorder": "record"})
     assert look("incident", dataclasses.replace(healthy, header=header)) == []
     assert isinstance(look("incident", healthy), NotMeasured)
+
+
+def _spiked(size: float) -> Run:
+    """A loss whose scale falls to a hundredth after 20 steps, with one step whose gradient is so large."""
+    steps = itertools.count()
+
+    def losses(model: nn.Module, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        step = next(steps)
+        scale = size if step == AT else 1.0 if step < 20 else 0.01
+        return {"more": scale * model(x).square().mean()}
+
+    torch.manual_seed(0)
+    model = classifier()
+    return train(model, 100, losses=losses, optimizer=torch.optim.SGD(model.parameters(), lr=1e-5), probes=GRADS)
+
+
+def test_a_jump_says_how_high_and_one_within_what_the_run_began_with_is_a_note() -> None:
+    high, low = found("gradient-spike", _spiked(10.0)), found("gradient-spike", _spiked(0.5))
+    assert (high.severity, low.severity) == ("warning", "note")
+    stated = {item.label: item.reading.value for item in high.evidence}  # type: ignore[union-attr]
+    assert stated["largest gradient norm of these steps"] / stated["median of the steps before it"] > 500
+    assert "The run began with norms as large" in low.mechanism
+
+
+@pytest.mark.parametrize(("field", "values"), [("coords", 400), ("depth", 5000)])
+def test_coordinates_of_another_unit_are_a_note_and_an_outlier_a_warning(field: str, values: int) -> None:
+    """Voxels and millimetres are so at every step; what a camera misread is so at some."""
+
+    def run_of(largest: Any) -> Run:
+        model, steps = nn.Linear(1, 1), itertools.count()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        with tempfile.TemporaryDirectory() as folder:
+            with Monitor(model, optimizer, probes=["data"], out=Path(folder) / "run") as monitor:
+                for _ in range(20):
+                    batch = {field: torch.rand(64) * largest(next(steps))}
+                    with monitor.step(batch):
+                        model(batch[field][:, None]).mean().backward()
+                        optimizer.step()
+            return load_measured(Path(folder) / "run")
+
+    always = found("data-range", run_of(lambda step: values))
+    once = found("data-range", run_of(lambda step: values if step == 9 else 5))
+    assert (always.severity, once.severity) == ("note", "warning")
+    assert "may be no metres" in always.mechanism

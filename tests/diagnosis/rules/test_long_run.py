@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from rule_runs import CLASSES, FEATURES, classifier, cross_entropy, found, look, train
+from rule_runs import CLASSES, FEATURES, batch_of, classifier, cross_entropy, found, look, train
 from torch import Tensor, nn
 
 from bifusion_diag.diagnosis import NotMeasured, assess_run
+from bifusion_diag.diagnosis.full import load_measured
 from bifusion_diag.diagnosis.trend import BLOCKS, trend_of
+from bifusion_diag.probes import Monitor
 from bifusion_diag.record import Event
 from bifusion_diag.record.schema import Run, Series
 
@@ -149,3 +154,47 @@ def _from_step(run: Run, first: int) -> Run:
         for name, one in run.all_series.items()
     }
     return dataclasses.replace(run, steps=run.steps + first, all_series=moved)
+
+
+def _reconstruct(steps: int, seen: int) -> Run:
+    """A loss that turns round at half of the run and is then driven up, with so many optimisers."""
+    torch.manual_seed(0)
+    model = classifier()
+    parts = [list(model[:4].parameters()), list(model[4:].parameters())]
+    optimizers = [torch.optim.SGD(part, lr=0.1) for part in (parts if seen == 2 else [parts[0] + parts[1]])]
+    generator = torch.Generator().manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        with Monitor(model, optimizers, probes=["losses"], out=Path(folder) / "run") as monitor:
+            for step in range(steps):
+                x, labels = batch_of(generator)
+                with monitor.step():
+                    loss = nn.functional.cross_entropy(model(x), labels)
+                    monitor.losses({"loss": loss})
+                    (loss if step < steps // 2 else -0.1 * loss).backward()
+                    for optimizer in optimizers:
+                        optimizer.step()
+                        optimizer.zero_grad()
+        return load_measured(Path(folder) / "run")
+
+
+def test_the_sum_of_losses_that_pull_against_each_other_need_not_fall() -> None:
+    alone, opposed = (found("loss-divergence", _reconstruct(320, seen)) for seen in (1, 2))
+    assert (alone.severity, opposed.severity) == ("error", "warning")
+    assert "several optimisers" in opposed.mechanism
+    assert "several optimisers" not in alone.mechanism
+
+
+def test_a_loss_a_little_above_its_beginning_is_no_error() -> None:
+    """A regulariser that gains weight, as in KL annealing, without a stage that announces it."""
+    steps = itertools.count()
+
+    def annealed(model: nn.Module, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {**cross_entropy(model, x, labels), "more": torch.tensor(next(steps) / 240 * 1.5)}
+
+    torch.manual_seed(0)
+    run = train(classifier(), 240, losses=annealed, probes=("losses",))
+    finding = found("loss-divergence", run)
+    assert finding.severity == "warning"
+    assert "above where it began" in finding.mechanism
+    run.provenance["optimizers"] = 2
+    assert found("loss-divergence", run).severity == "note"

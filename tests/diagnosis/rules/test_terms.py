@@ -64,3 +64,18 @@ def test_too_few_comparisons_are_said() -> None:
     torch.manual_seed(0)
     one = train(classifier(), 10, losses=cross_entropy, probes=("losses",))
     assert isinstance(look("conflicting-terms", one), NotMeasured)
+
+
+def test_a_term_of_another_part_of_the_model_is_not_drowned() -> None:
+    """A critic's loss shares no weight with the policy's: that it has no gradient there is by design."""
+
+    def losses(model: nn.Module, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        h = model["trunk"](x).tanh()  # type: ignore[index]
+        logits = model["one"](h)  # type: ignore[index]
+        policy = nn.functional.cross_entropy(logits, labels)
+        critic = model["other"](h.detach()).square().mean() + 1  # type: ignore[index]
+        return {"policy": policy, "critic": critic, "entropy": 1e-3 * logits.softmax(1).square().mean()}
+
+    finding = found("dominant-term", train(trunk(), 120, losses=losses, terms=10, probes=("losses",)))  # type: ignore[arg-type]
+    assert (finding.term, finding.severity) == ("policy", "note")
+    assert "hardly trained" not in finding.mechanism
