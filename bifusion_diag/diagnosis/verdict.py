@@ -27,6 +27,11 @@ ERROR_LENGTH = 200  # characters of an error that the verdict shows
 CHANCE = 0.05  # one-sided level at which more bad steps than the baseline's are not put down to chance
 
 
+_FEW_NONFINITE = (
+    "Non-finite are {count} of its {total} steps and none of the baseline's; that alone may be chance (p = {p})."
+)
+
+
 @dataclass(frozen=True)
 class Verdict:
     """The answer of the first screen.
@@ -126,6 +131,10 @@ def judge_pair(
         if more and not lacking and chance >= CHANCE
         else ""
     )
+    if state == "less stable" and lacking and not (more and chance < CHANCE):
+        few = _count(candidate, "nonfinite_steps")
+        alike = fisher_more(few, 0, total, total_before)
+        perhaps = say(_FEW_NONFINITE, count=few, total=total, p=f"{alike:.2g}") if alike >= CHANCE else ""
     return Verdict(state, sentence, join([detail, perhaps]), *_remedy(findings, leading))
 
 
@@ -254,7 +263,7 @@ def _where(measures: Measures, incidents: Sequence[RecordedIncident]) -> tuple[s
     key, count = counts.most_common(1)[0]  # of equally many the earliest
     alike = {step: start for step, start in sorted(starts.items()) if start.place is not None and start.key == key}
     first = next(iter(alike.values()))
-    where = str(first.place)
+    where = first.place or ""
     if first.incident is not None:
         where = say("{place} ({mechanism})", place=where, mechanism=_inside_a_sentence(first.incident.title))
     named = next(((step, start.scenes) for step, start in alike.items() if start.scenes), None)

@@ -73,17 +73,16 @@ def align(runs: Sequence[Run], axis: str = "step") -> Alignment:
         until = (float(common[-1]) + 1) * scales[0] if common.size else 0.0
         found = Alignment(axis, (common,) * len(runs), scales, until)  # type: ignore[arg-type]
     else:
-        covered = [run for run in runs if len(run.steps)]
-        first = max((float(run.steps[0]) * scale for run, scale in zip(runs, scales, strict=True) if len(run.steps)))
-        until = min(
-            (float(run.steps[-1]) + 1) * scale for run, scale in zip(runs, scales, strict=True) if len(run.steps)
-        )
+        if not all(len(run.steps) for run in runs):
+            raise UserError(_nothing_common(runs, axis))
+        first = max(float(run.steps[0]) * scale for run, scale in zip(runs, scales, strict=True))
+        until = min((float(run.steps[-1]) + 1) * scale for run, scale in zip(runs, scales, strict=True))
         slack = _ROUNDING * max(until, 1.0)
         steps = tuple(
             run.steps[(run.steps * scale >= first - slack) & ((run.steps + 1) * scale <= until + slack)]
             for run, scale in zip(runs, scales, strict=True)
         )
-        found = Alignment(axis, steps, scales, until if len(covered) == len(runs) else 0.0)  # type: ignore[arg-type]
+        found = Alignment(axis, steps, scales, until)  # type: ignore[arg-type]
     if not all(steps.size for steps in found.steps):
         raise UserError(_nothing_common(runs, axis))
     return found

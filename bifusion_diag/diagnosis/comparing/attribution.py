@@ -40,6 +40,7 @@ ATTRIBUTED: dict[str, tuple[Kind, str]] = {
     "gradient_share": ("term", "share of the gradient, median over the steps"),
 }
 _ADDS_UP = ("module_bad_steps", "squared_norm_bad", "squared_norm", "term_bad_steps", "loss")
+_COUNTS = ("module_bad_steps", "term_bad_steps")
 _IN_BASELINE = {"squared_norm_bad": "squared_norm"}  # what of the baseline the candidate's number is set against
 
 Profile = Mapping[str, Mapping[str, float]]  # quantity → module or term → number
@@ -77,7 +78,10 @@ def attribute(baseline: Sequence[Profile], candidate: Sequence[Profile]) -> tupl
     for measure, (kind, _) in ATTRIBUTED.items():
         left = _mean([profile.get(_IN_BASELINE.get(measure, measure), {}) for profile in baseline], measure)
         right = _mean([profile.get(measure, {}) for profile in candidate], measure)
-        if not right or (not left and measure not in ("module_bad_steps", "term_bad_steps")):
+        counts = measure in _COUNTS
+        if counts and not all(measure in profile for profile in (*baseline, *candidate)):
+            continue  # a run whose bad steps are not counted has neither some nor none
+        if not right or (not left and not counts):
             continue
         both = [name for name in right if name in left]
         names = list(dict.fromkeys([*right, *left])) if measure in _ADDS_UP else both
@@ -87,7 +91,14 @@ def attribute(baseline: Sequence[Profile], candidate: Sequence[Profile]) -> tupl
             continue
         largest = sorted(names, key=lambda name: -abs(difference[name]))[:KEPT]
         found += [
-            Attribution(kind, name, _reading(left, name), _reading(right, name), difference[name] / total, measure)
+            Attribution(
+                kind,
+                name,
+                _reading(left, name, zero=counts),
+                _reading(right, name, zero=counts),
+                difference[name] / total,
+                measure,
+            )
             for name in largest
             if difference[name]
         ]
@@ -111,9 +122,12 @@ def profile_of(run: Run, part: Run, measures: Measures) -> Profile:
     starts = Counter(
         (bool(origin.terms), term or origin.module) for origin in measures.origins for term in (origin.terms or (None,))
     )
+    counts = {
+        measure: {name: float(count) for (of_term, name), count in starts.items() if name and of_term is is_term}
+        for measure, is_term in zip(_COUNTS, (False, True), strict=True)
+    }
     return {
-        "module_bad_steps": {name: float(count) for (of_term, name), count in starts.items() if name and not of_term},
-        "term_bad_steps": {name: float(count) for (of_term, name), count in starts.items() if name and of_term},
+        **(counts if isinstance(measures.readings.get("bad_steps"), Quantity) else {}),
         "squared_norm": _known({module: _mean_square(series) for module, series in norms.items()}),
         "squared_norm_bad": _at_bad_steps(part, list(norms), measures),
         "log_norm": _known({module: _log(series.stats.p50) for module, series in norms.items()}),
@@ -172,5 +186,8 @@ def _mean(profiles: Sequence[Mapping[str, float]], measure: str) -> dict[str, fl
     return {name: float(np.mean([profile[name] for profile in profiles if name in profile])) for name in names}
 
 
-def _reading(numbers: Mapping[str, float], name: str) -> Reading:
-    return Quantity(numbers[name]) if name in numbers else NotMeasured("none in this run")
+def _reading(numbers: Mapping[str, float], name: str, *, zero: bool) -> Reading:
+    """The number of a module or term; of what is counted, one that does not appear has none."""
+    if name in numbers or zero:
+        return Quantity(numbers.get(name, 0.0))
+    return NotMeasured("none in this run")

@@ -5,7 +5,8 @@
 - ``ratio:grad_norm/p99>2``: that measure ÷ the baseline's.
 - ``finding:error`` (or ``warning``, which includes errors, or ``note``, or a rule's id): there is such a finding.
 - ``criterion:miou``: that criterion of the documents fails.
-- ``worse``: the verdict is "less stable", or "unstable" with more bad steps than the baseline.
+- ``worse``: the verdict is "less stable", or "unstable" where no run of the baseline is by itself or the test shows
+  more bad steps than the baseline's. More of them that chance may explain are "not measured".
 - ``unstable``: the verdict is "unstable", or a candidate run is unstable by itself.
 """
 
@@ -29,7 +30,7 @@ from bifusion_diag.diagnosis.phrase import say
 from bifusion_diag.diagnosis.quantity import NotMeasured, Quantity, Reading
 from bifusion_diag.diagnosis.rules import RULES, rule_ids
 from bifusion_diag.diagnosis.rules.incidents import PREFIX
-from bifusion_diag.diagnosis.verdict import State
+from bifusion_diag.diagnosis.verdict import CHANCE, State
 from bifusion_diag.errors import UserError, near_matches
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
@@ -40,6 +41,7 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
 }
 _COMPARISON = re.compile(r"\s*(ratio:)?\s*([^<>=\s]+)\s*(>=|<=|>|<)\s*(\S+)\s*")
 _WORDS = ("worse", "unstable")
+More = Literal["shown", "untold", "none"]  # bad steps than the baseline's
 _SHAPE = (
     "Write it as spike_rate>0.01, ratio:grad_norm/p99>2, finding:error, criterion:miou, worse or unstable (in quotes: "
     "> is the shell's)."
@@ -132,7 +134,7 @@ def check_gates(
     gates: Sequence[Gate], comparison: GroupComparison, *, allow_unmeasured: bool = False
 ) -> tuple[GateResult, ...]:
     """Look at every gate of a candidate side."""
-    more = _more_bad(comparison)
+    more = _shown_worse(comparison)
     return tuple(
         _check(
             gate,
@@ -163,7 +165,7 @@ def _check(
     runs: Sequence[RunAssessment],
     baseline: Sequence[RunAssessment],
     state: State,
-    more: bool | None,
+    more: More | None,
     allow: bool,
 ) -> GateResult:
     holds, reading, reason = _look(gate, runs, baseline, state, more)
@@ -173,7 +175,7 @@ def _check(
 
 
 def _look(
-    gate: Gate, runs: Sequence[RunAssessment], baseline: Sequence[RunAssessment], state: State, more: bool | None
+    gate: Gate, runs: Sequence[RunAssessment], baseline: Sequence[RunAssessment], state: State, more: More | None
 ) -> tuple[bool | None, Reading, str]:
     """Whether the condition holds (None: it cannot be told), the number, and the reason."""
     if gate.kind in ("measure", "ratio"):
@@ -189,9 +191,9 @@ def _look(
             return True, Quantity(alone, "runs"), verdict
     elif more is None:
         return None, NotMeasured(_NO_BASELINE), _NO_BASELINE
-    elif state == "less stable" or (state == "unstable" and more):
+    elif state == "less stable" or (state == "unstable" and more == "shown"):
         return True, Quantity(None), verdict
-    if state == "not enough data":
+    if state == "not enough data" or (gate.kind == "worse" and state == "unstable" and more == "untold"):
         return None, NotMeasured(verdict), verdict
     return False, Quantity(None), verdict
 
@@ -286,11 +288,13 @@ def _judge(gate: Gate, runs: Sequence[RunAssessment]) -> tuple[bool | None, Read
     return False, judged[0].reading, say("{title}: pass", title=judged[0].title)
 
 
-def _more_bad(comparison: GroupComparison) -> bool:
-    """Whether the candidate side has more bad steps a step than the baseline side."""
-
-    def share(runs: Sequence[RunAssessment]) -> float:
-        counts = [(run.measures.number("bad_steps") or float(len(run.measures.bad))) / run.steps for run in runs]
-        return float(np.mean(counts))
-
-    return share(comparison.candidate.runs) > share(comparison.baseline.runs)
+def _shown_worse(comparison: GroupComparison) -> More:
+    """Whether an unstable candidate is worse than the baseline, by what the verdict's test allows to say."""
+    if not any(run.verdict.state == "unstable" for run in comparison.baseline.runs):
+        return "shown"
+    primary = comparison.tested[0]
+    if not isinstance(primary.difference, Quantity) or primary.difference.value is None or primary.p is None:
+        return "untold"
+    if primary.difference.value <= 0:
+        return "none"
+    return "shown" if primary.p <= CHANCE else "untold"

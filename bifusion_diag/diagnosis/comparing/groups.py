@@ -20,6 +20,7 @@ from bifusion_diag.diagnosis.comparing.tested import (
     Side,
     Tested,
     bad_share,
+    known_shares,
     say_what_one_run_tells,
     say_what_runs_tell,
     tested_over_runs,
@@ -151,10 +152,10 @@ def _judge_sides(baseline: Side, candidate: Side, primary: Tested, worst: RunCom
         name=candidate.name,
         is_what=words,
         bad=sum(bool(value) for value in right),
-        runs=len(right),
+        runs=len(known_shares(candidate)) or len(right),
         share=_percent(right),
         bad_before=sum(bool(value) for value in left),
-        runs_before=len(left),
+        runs_before=len(known_shares(baseline)) or len(left),
         share_before=_percent(left),
         test=_tested_words(primary),
     )
@@ -166,7 +167,11 @@ def _judge_sides(baseline: Side, candidate: Side, primary: Tested, worst: RunCom
         runs_before=len(left),
     )
     return Verdict(
-        state, sentence, join([by_itself, _too_few(left, right, shown)]), worst.verdict.remedy, worst.verdict.tried
+        state,
+        sentence,
+        join([by_itself, _too_few(known_shares(baseline), known_shares(candidate), shown)]),
+        worst.verdict.remedy,
+        worst.verdict.tried,
     )
 
 
@@ -184,7 +189,7 @@ def _tested_words(primary: Tested) -> str:
 def _too_few(left: Sequence[object], right: Sequence[object], shown: bool) -> str:
     """What so few runs cannot show, whatever they are."""
     least = smallest_p(len(left), len(right), "greater")
-    if shown or least <= CHANCE:
+    if shown or least <= CHANCE or not left or not right:
         return ""
     return say(
         "With {left} and {right} runs no difference can be shown at {level}: the smallest possible p is {least}. Three "

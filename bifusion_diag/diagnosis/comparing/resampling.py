@@ -31,6 +31,7 @@ BLOCK_RESAMPLES = 999
 LEAST_RUNS = 4  # of a side, for an interval
 MOST_WAYS = 20_000  # of dealing runs to two sides, that are all tried
 SHORTEST_BLOCK = 10
+LEAST_BLOCKS = 5  # of a run, for an interval: of one block every resample is the run itself
 RANDOM_SEED = 0
 
 
@@ -106,8 +107,10 @@ def ways(baseline: int, candidate: int) -> int:
 
 
 def smallest_p(baseline: int, candidate: int, alternative: Literal["greater", "two-sided"] = "two-sided") -> float:
-    """The smallest p that the exact test can give: with few runs it may be above any level."""
-    return min(1.0, (1 if alternative == "greater" else 2) / ways(baseline, candidate))
+    """The smallest p that the test can give: with few runs it may be above any level."""
+    number = ways(baseline, candidate)
+    least = 1 / number if number <= MOST_WAYS else 1 / (RESAMPLES + 1)  # of random ways, the runs as they are count too
+    return min(1.0, least if alternative == "greater" else 2 * least)
 
 
 def holm(values: Sequence[float]) -> list[float]:
@@ -131,9 +134,11 @@ def block_interval(
 ) -> tuple[float, float] | None:
     """Moving-block bootstrap interval of mean(candidate) − mean(baseline), each over its own steps (K,).
 
-    None where nothing varies in either run.
+    None where nothing varies in either run, or one is shorter than `LEAST_BLOCKS` blocks.
     """
-    if not baseline.size or not candidate.size or (np.ptp(baseline) == 0 and np.ptp(candidate) == 0):
+    if min(one.size / block_length(one.size) if one.size else 0 for one in (baseline, candidate)) < LEAST_BLOCKS:
+        return None
+    if np.ptp(baseline) == 0 and np.ptp(candidate) == 0:
         return None
     rng = np.random.default_rng(RANDOM_SEED)
     drawn = _block_means(candidate, rng) - _block_means(baseline, rng)

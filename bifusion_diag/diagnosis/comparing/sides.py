@@ -65,8 +65,10 @@ def group_runs(
         separate: keep every candidate by itself.
 
     Raises:
-        UserError: there is no candidate.
+        UserError: there is no candidate, or a side holds a run twice.
     """
+    for name, runs in {"the baseline's side": baseline, **(named or {})}.items():
+        _check_distinct(name, runs)
     own = _Growing(list(baseline))
     sides: list[_Growing] = []
     for run in candidates:
@@ -88,6 +90,17 @@ def group_runs(
     found = [RunGroup(display_name(side.runs[0]), tuple(side.runs), _why(side.runs)) for side in sides]
     found += [RunGroup(name, tuple(runs), _why(runs, chosen_by_user=True)) for name, runs in chosen.items()]
     return reference, found
+
+
+def _check_distinct(name: str, runs: Sequence[Run]) -> None:
+    """A run that counts twice would make a test over runs see repetitions that never were."""
+    ids = [run.header.run_id for run in runs]
+    twice = next((run for run in runs if ids.count(run.header.run_id) > 1), None)
+    if twice is not None:
+        raise UserError(
+            f"{name}: the run {display_name(twice)!r} is there more than once. A copy is no other seed: give each run "
+            "once."
+        )
 
 
 def _fits(run: Run, side: Sequence[Run]) -> bool:

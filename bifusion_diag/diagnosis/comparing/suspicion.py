@@ -7,7 +7,8 @@ A setting's score is that of the strongest thing that speaks against it:
 - 0.6: the candidate's value is a known risk and the baseline's is not (`RISKS`);
 - 0.5: it belongs to the part or the loss term in which most bad steps start;
 - 0.3: it changes the optimiser, the losses or the schedule; 0.2: the model or the data;
-- 0.1: the seed: chance; 0.0: it changes no number of the training (names, threads, what is recorded).
+- 0.1: the seed: chance; 0.0: it changes no number of the training (names, threads, what is recorded), or one of two
+  records of this program does not know it, as that is of another version: whether it differs nobody can tell.
 
 Each further thing that speaks against it adds 0.01: it ranks it before others of its kind. A score is no probability.
 """
@@ -205,20 +206,45 @@ def rank_suspects(
     """
     rows = [row for group in settings if group.title in SUSPECTED_GROUPS for row in group.rows if row.differs]
     place = _starts_most(origins, incidents)
-    return tuple(sorted((_judge(row, findings, place) for row in rows), key=lambda suspect: -suspect.score))
+    unknown = _of_another_version(settings)
+    judged = (_judge(row, findings, place, unknown=row.key in unknown) for row in rows)
+    return tuple(sorted(judged, key=lambda suspect: -suspect.score))
 
 
-def _judge(row: SettingRow, findings: Sequence[Finding], place: tuple[str, int] | None) -> Suspect:
+def _of_another_version(settings: Sequence[SettingGroup]) -> set[str]:
+    """Settings that one of two records of this program, which write down all settings, does not know.
+
+    Where a group of settings is "none" there, its members are absent because of that: they do differ.
+    """
+    rows = [row for group in settings if group.title in SUSPECTED_GROUPS for row in group.rows]
+    if not any(row.key == "preset" and ABSENT not in (row.baseline, row.candidate) for row in rows):
+        return set()  # what others write down is what they have set
+    known = [{row.key for row in rows if row.baseline != ABSENT}, {row.key for row in rows if row.candidate != ABSENT}]
+
+    def lacks(keys: set[str], key: str) -> bool:
+        parts = key.split(".")
+        return not any(".".join(parts[:end]) in keys for end in range(1, len(parts) + 1))
+
+    return {row.key for row in rows if any(lacks(keys, row.key) and not _is_group(keys, row.key) for keys in known)}
+
+
+def _is_group(keys: set[str], key: str) -> bool:
+    return any(other.startswith(f"{key}.") for other in keys)
+
+
+def _judge(
+    row: SettingRow, findings: Sequence[Finding], place: tuple[str, int] | None, *, unknown: bool = False
+) -> Suspect:
     against: list[tuple[float, Phrase]] = []
     if row.key.rsplit(".", 1)[-1] == "inject" and row.candidate not in ("[]", ABSENT, "none"):
         against.append((1.0, say("It injects a fault on purpose.")))
     for finding in findings:
         if finding.remedy and any(_same_setting(key, row.key) for key in finding.remedy):
             against.append(_remedy(finding))
-    for risk in RISKS:
+    for risk in () if unknown else RISKS:
         if _matches(risk.key, row.key) and risk.holds(row.baseline, row.candidate):
             against.append((_RISK, say("A known risk: {reason} ({source}).", reason=risk.reason, source=risk.source)))
-    if place is not None and _belongs(row.key, place[0]):
+    if place is not None and not unknown and _belongs(row.key, place[0]):
         against.append(
             (
                 _PLACE,
@@ -229,7 +255,9 @@ def _judge(row: SettingRow, findings: Sequence[Finding], place: tuple[str, int] 
                 ),
             )
         )
-    if _SEED_KEY.search(row.key):
+    if unknown:
+        against.append((_HARMLESS, say("Only one of the records knows it, as they are of different versions.")))
+    elif _SEED_KEY.search(row.key):
         against.append((_SEED, say("Another seed: what it changes is chance.")))
     elif _INERT.search(row.key):
         against.append((_HARMLESS, say("It changes no number of the training.")))

@@ -200,6 +200,11 @@ def bad_share(run: RunAssessment) -> float | None:
     return _value(run, PRIMARY)
 
 
+def known_shares(side: Side) -> list[float]:
+    """The share of bad steps of each run that counts them: what the verdict's test takes."""
+    return [share for run in side.runs if (share := bad_share(run)) is not None]
+
+
 def _gap(runs: Sequence[RunAssessment], key: str) -> NotMeasured:
     for run in runs:
         reading = run.measures.readings.get(key) or run.measures.readings.get(f"{key.split('/')[0]}/*")
@@ -220,7 +225,7 @@ def _title(key: str) -> str:
 def say_what_runs_tell(baseline: Side, candidate: Side, tested: Sequence[Tested]) -> Phrase:
     corrected = [one for one in tested if one.p is not None and one.measure in SECONDARY]
     intervals = sum(one.interval is not None for one in tested)
-    left, right = len(baseline.runs), len(candidate.runs)
+    left, right = (len(known_shares(side)) for side in (baseline, candidate))
     primary = tested[0]
     return join(
         [
@@ -282,7 +287,7 @@ def tested_over_steps(runs: Sequence[Run], pair: RunComparison, alignment: Align
             how = say(
                 "moving-block bootstrap within each run, blocks of {length} steps, {resamples} resamples: of these two "
                 "runs only",
-                length=block_length(min(one.size for one in steps if one is not None)),
+                length="/".join(map(str, sorted({block_length(one.size) for one in steps if one is not None}))),
                 resamples=BLOCK_RESAMPLES,
             )
             interval = Interval(*ends, LEVEL, how)

@@ -103,3 +103,8 @@ def test_a_run_that_does_not_tell_cannot_be_aligned(make_run: RunMaker) -> None:
         align([known, unknown], "samples")
     with pytest.raises(UserError, match="Did you mean 'samples'"):
         align([known, known], "sample")
+
+
+def test_runs_that_recorded_nothing_have_nothing_in_common(make_run: RunMaker) -> None:
+    with pytest.raises(UserError, match="no samples in common"):
+        align([run_of(make_run, 0, 2), run_of(make_run, 0, 4)], "samples")

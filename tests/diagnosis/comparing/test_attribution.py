@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bifusion_diag.diagnosis import compare_runs
+from bifusion_diag.diagnosis import Quantity, compare_runs
 from bifusion_diag.diagnosis.comparing.attribution import ATTRIBUTED, Attribution
 from bifusion_diag.record.schema import Run
 
@@ -115,3 +115,30 @@ def test_the_settings_of_the_part_where_bad_steps_start_come_before_the_optimise
     inject = {**OTHER, "training": {"seed": 0, "inject": ["nan-loss@3"]}}
     planted = compare_runs(run_of(make_run, CALM, settings=BASE), run_of(make_run, CALM, settings=inject)).suspects[0]
     assert planted.key == "training.inject"
+
+
+def test_a_baseline_without_bad_steps_has_none_and_a_smoothed_run_is_not_counted(make_run: RunMaker) -> None:
+    bad = run_of(make_run, CALM, spike=(120, "gate.alpha"))
+    start = of(compare_runs(run_of(make_run, CALM), bad).attribution, "module_bad_steps")[0]
+    assert (start.baseline, start.candidate) == (Quantity(0.0), Quantity(1.0))
+    series = {name: one.value for name, one in bad.all_series.items()}
+    smoothed = make_run(series, modules=MODULES, provenance={"imported": {"smoothing": 10}})
+    for pair in ((smoothed, bad), (bad, smoothed)):
+        assert not of(compare_runs(*pair).attribution, "module_bad_steps")
+
+
+def test_a_setting_that_an_older_record_does_not_know_is_no_suspect(make_run: RunMaker) -> None:
+    older = {"preset": "bifusion", "losses": {"clip_align": None}, "optim": {"lr": 1e-4}}
+    newer = {
+        "preset": "bifusion",
+        "losses": {"clip_align": {"weight": 0.1}, "instance": {"empty_match": "nan", "matcher": "sparse"}},
+        "optim": {"lr": 2e-4},
+    }
+    found = compare_runs(run_of(make_run, CALM, settings=older), run_of(make_run, CALM, settings=newer)).suspects
+    scores = {one.key: one.score for one in found}
+    assert scores["losses.instance.empty_match"] == scores["losses.instance.matcher"] == 0.0
+    assert scores["optim.lr"] > 0.5
+    assert scores["losses.clip_align.weight"] >= 0.3  # switched off there: that is a difference
+    others = [{key: value for key, value in one.items() if key != "preset"} for one in (older, newer)]
+    found = compare_runs(*(run_of(make_run, CALM, settings=one) for one in others)).suspects
+    assert next(one for one in found if one.key == "losses.instance.matcher").score > 0

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from bifusion_diag.diagnosis import Quantity
+from bifusion_diag.diagnosis.comparing.gates import check_gates, parse_gates
 from bifusion_diag.diagnosis.comparing.groups import GroupComparison, compare_groups
 from bifusion_diag.diagnosis.comparing.sides import group_runs
 from bifusion_diag.diagnosis.plain import to_plain
@@ -139,3 +140,65 @@ def test_a_smoothed_run_counts_no_single_steps_and_is_not_tested(make_run: RunMa
     assert "at least 1 bad step in 400 (smoothed over 10" in found.verdict.sentence
     assert "Bad steps were not tested" in found.statement
     assert any("smoothed over 10" in limit for limit in found.pairs[0].limits)
+
+
+def test_a_run_counts_once_on_its_side(make_run: RunMaker) -> None:
+    """Copies would be dealt as if they were other seeds: three of one run would "show" a difference."""
+    calm, bad = run_of(make_run, 0), run_of(make_run, 0, lr=2e-4, bad=5)
+    with pytest.raises(UserError, match=r"g: the run 'lr0\.0002' is there more than once"):
+        group_runs([calm], [], {"g": [bad, bad, bad]})
+    with pytest.raises(UserError, match=r"the baseline's side: the run 'lr0\.0001'"):
+        group_runs([calm, calm], [bad])
+    assert group_runs([calm], [calm])[1][0].runs == (calm,)  # against itself
+
+
+def test_runs_that_do_not_count_their_bad_steps_are_not_said_to_be_tested(make_run: RunMaker) -> None:
+    smoothed = {"imported": {"from": "x", "format": "mmengine", "smoothing": 10}}
+    left = [run_of(make_run, seed) for seed in range(3)]
+    right = [run_of(make_run, seed, lr=2e-4, bad=5) for seed in range(2)]
+    right.append(run_of(make_run, 2, lr=2e-4, bad=5, provenance=smoothed))
+    reference, (side,) = group_runs(left, [], {"g": right})
+    found = compare_groups(reference, side)
+    assert found.tested[0].p == pytest.approx(0.1)  # 1 of (5 over 2) ways
+    assert "Of 3 and 2 runs, the verdict rests on one test" in found.statement
+    assert "2 of 2 runs have bad steps" in found.verdict.sentence
+    assert "With 3 and 2 runs no difference can be shown" in found.verdict.detail
+
+
+def failing(gate: str, make_run: RunMaker, before: list[int], after: list[int]) -> tuple[bool, bool]:
+    """Whether it fails, and whether that is because it could not be told."""
+    found = compared(make_run, before, after)
+    (result,) = check_gates(parse_gates([gate]), found)
+    return result.failed, result.reason.startswith("not measured")
+
+
+def test_worse_is_never_more_than_the_test_shows(make_run: RunMaker) -> None:
+    assert failing("worse", make_run, [0], [1]) == (True, False)  # the verdict is "less stable"
+    assert failing("worse", make_run, [10], [60]) == (True, False)
+    assert failing("worse", make_run, [10], [11]) == (True, True)  # both unstable, and so few more may be chance
+    assert failing("worse", make_run, [11], [10]) == (False, False)
+    assert failing("worse", make_run, [9, 9, 9], [9, 10, 9]) == (True, True)
+    assert failing("worse", make_run, [9, 9, 9], [9, 8, 9]) == (False, False)
+    assert failing("worse", make_run, [9, 9, 9], [19, 18, 19]) == (True, False)
+
+
+def test_a_single_nonfinite_step_says_that_it_may_be_chance(make_run: RunMaker) -> None:
+    few, many = (compared(make_run, [0], [bad]).verdict for bad in (1, 12))
+    assert few.state == many.state == "less stable"
+    assert "Non-finite are 1 of its 400 steps and none of the baseline's; that alone may be chance (p = 0.5)." in (
+        few.detail
+    )
+    assert "chance" not in many.detail
+
+
+def test_the_blocks_of_runs_of_different_length_are_both_named(make_run: RunMaker) -> None:
+    def pace(steps: int, batch: int) -> Run:
+        norm = np.ones(steps)
+        norm[::50] = np.nan
+        settings = {"training": {"batch_size": batch}}
+        return make_run({"loss/total": np.ones(steps), "train/grad_norm": norm}, name=f"of{batch}", settings=settings)
+
+    reference, sides = group_runs([pace(6000, 1)], [pace(600, 10)])
+    interval = compare_groups(reference, sides[0], align="samples").tested[0].interval
+    assert interval is not None
+    assert "blocks of 10/18 steps" in interval.how  # at least 10; the cube root of 6000 is 18

@@ -9,6 +9,7 @@ import pytest
 
 from bifusion_diag.diagnosis.comparing import resampling
 from bifusion_diag.diagnosis.comparing.resampling import (
+    MOST_WAYS,
     block_interval,
     bootstrap_interval,
     holm,
@@ -101,3 +102,17 @@ def test_blocks_keep_the_dependence_of_neighbouring_steps() -> None:
     assert width(single) == pytest.approx(2 * 1.96 * np.sqrt(0.09 / 27_000), rel=0.15)
     assert width(bursts) == pytest.approx(np.sqrt(10) * width(single), rel=0.3)
     assert block_interval(none, none) is None
+
+
+def test_a_run_of_fewer_than_five_blocks_has_no_interval() -> None:
+    """Of a single block every resample is the run itself: an interval without width would claim certainty."""
+    steps = np.zeros(200)
+    for length in (2, 10, 49):
+        assert block_interval(steps, np.arange(length) % 2.0) is None
+    assert block_interval(steps, np.arange(50) % 3.0) is not None
+
+
+def test_the_smallest_p_of_random_ways_is_what_they_can_give() -> None:
+    assert ways(10, 10) > MOST_WAYS
+    least = permutation_p(list(range(10)), list(range(100, 110)), "greater")
+    assert least == pytest.approx(smallest_p(10, 10, "greater")) == pytest.approx(1 / 10_000)
