@@ -79,7 +79,9 @@ def compare(
         comparisons = [compare_groups(reference, side, bounds, align) for side in sides]
         checked = [check_gates(gates, one, allow_unmeasured=allow_unmeasured) for one in comparisons]
         console = Console()
-        for one, results in zip(comparisons, checked, strict=True):
+        for place, (one, results) in enumerate(zip(comparisons, checked, strict=True)):
+            if place:
+                console.print()
             print_comparison(console, worst_pair(one), group=one, gates=results, verbose=verbose)
         written = _write(comparisons, checked, reference, sides, loaded, html=html, json=json, language=lang)
     print_written(console, written)

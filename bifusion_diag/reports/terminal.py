@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -49,7 +50,11 @@ _FIRST = ("bad_steps", "grad_norm/p99", "eval/miou", "nonfinite_steps", "spikes"
 _STATE_STYLE = {"stable": "bold green", "less stable": "bold yellow", "unstable": "bold red"}
 _RESULT_STYLE = {"pass": "green", "fail": "red", "not measured": "dim"}
 _SEVERITY_STYLE = {"error": "bold red", "warning": "bold yellow", "note": "bold"}
-_NAME_WIDTH = 24
+_NAME_WIDTH = 24  # characters of a run's name, where there is room
+_LEAST_NAME = 8
+_LEAST_TITLE = 28  # characters of a measure's title: with fewer, a table of sides leaves its intervals out
+_GAP = 2  # between columns
+_LEAST_SHARE = 0.005  # of a difference: half a per cent
 _SUSPECT = 0.2  # score above which something speaks against a setting
 _ALL = 1_000_000
 
@@ -138,28 +143,69 @@ def print_run(
     _add_gates(tail, gates)
     room = LINES - _FILES - len(head.lines) - len(tail.lines) - len(assessment.criteria) - 1
     keys = [key for key in _SHOWN if isinstance(assessment.measures.readings.get(key), Quantity)]
-    table = _table(verbose, "", assessment.name)
-    for key in _fitting(keys, _ALL if verbose else room):
-        table.add_row(Text(_title(key)), _value(assessment.measures.readings[key]))
-    for criterion in assessment.criteria:
-        table.add_row(Text(_criterion(console, criterion)), _result(criterion))
+    rows: list[_Row] = [
+        (_title(key), [_value(assessment.measures.readings[key])]) for key in _fitting(keys, _ALL if verbose else room)
+    ]
+    rows += [(_criterion(console, criterion), [_result(criterion)]) for criterion in assessment.criteria]
     head.print()
-    console.print(table)
+    console.print(_table(console, [assessment.name], rows, verbose))
     tail.print()
 
 
-def _table(verbose: bool, *names: str, width: int = _NAME_WIDTH) -> Table:
-    """A table without lines; each row is one line, unless everything is to be seen."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+_Row = tuple[str, list[Text]]  # a title and what stands beside it
+
+
+def _table(
+    console: Console, names: Sequence[str], rows: Sequence[_Row], verbose: bool, least: int = _LEAST_NAME
+) -> Table:
+    """A table without lines; each row is one line, unless everything is to be seen.
+
+    Values are never cut. A title that is too long keeps its end after the colon and a name both its ends, which tell
+    them apart; a name has at least so many characters.
+    """
+    table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
+    table.add_column("", no_wrap=not verbose)
+    if verbose:
+        for name in names:
+            table.add_column(Text(name), justify="right")
+        for title, cells in rows:
+            table.add_row(Text(title), *cells)
+        return table
+    widths = [
+        max([min(least, cell_len(name)), *(cell_len(cells[place].plain) for _, cells in rows)])
+        for place, name in enumerate(names)
+    ]
+    room = console.width - sum(widths) - _GAP * len(names)
+    spare = room - max([cell_len(title) for title, _ in rows], default=0)
     for place, name in enumerate(names):
-        table.add_column(
-            Text(name),
-            justify="right" if place else "left",
-            no_wrap=not verbose,
-            overflow="ellipsis",
-            max_width=width if place and not verbose else None,
-        )
+        more = max(0, min(spare, min(_NAME_WIDTH, cell_len(name)) - widths[place]))
+        widths[place] += more
+        room, spare = room - more, spare - more
+    for name, width in zip(names, widths, strict=True):
+        table.add_column(Text(_both_ends(name, width)), justify="right", no_wrap=True, min_width=width)
+    for title, cells in rows:
+        table.add_row(Text(_with_its_end(title, max(room, 1))), *cells)
     return table
+
+
+def _cut(given: str, width: int) -> str:
+    return given if cell_len(given) <= width else set_cell_size(given, max(width - 1, 0)).rstrip() + "…"
+
+
+def _both_ends(name: str, width: int) -> str:
+    """A name in so many characters: what tells runs apart is often at the end, such as a seed."""
+    tail = (width - 1) // 2
+    if cell_len(name) <= width or tail < 1:
+        return _cut(name, width)
+    end = name[-tail:]
+    return _cut(name, width - cell_len(end)) + end
+
+
+def _with_its_end(title: str, width: int) -> str:
+    """A title in so many characters: of "group: measure" the group is cut."""
+    group, colon, measure = title.rpartition(": ")
+    room = width - cell_len(colon) - cell_len(measure)
+    return f"{_cut(group, room)}{colon}{measure}" if colon and room > 3 else _cut(title, width)
 
 
 def _fitting(keys: Sequence[str], room: int) -> list[str]:
@@ -175,34 +221,45 @@ def _fitting(keys: Sequence[str], room: int) -> list[str]:
 def _table_of_runs(console: Console, comparison: RunComparison, room: int, verbose: bool) -> Table:
     left, right = comparison.baseline, comparison.candidate
     pairs = {pair.key: pair for pair in comparison.measures}
-    table = _table(verbose, "", left.name, right.name, tr("ratio"))
     keys = [key for key in _SHOWN if key in pairs and _any_measured(pairs[key])]
+    rows: list[_Row] = []
     for key in _fitting(keys, room):
         pair = pairs[key]
-        table.add_row(Text(_title(key)), _value(pair.baseline), _value(pair.candidate), Text(ratio_text(pair.ratio)))
-    for mine, theirs in zip(left.criteria, right.criteria, strict=True):
-        table.add_row(Text(_criterion(console, mine)), _result(mine), _result(theirs), "")
-    return table
+        rows.append((_title(key), [_value(pair.baseline), _value(pair.candidate), Text(ratio_text(pair.ratio))]))
+    rows += [
+        (_criterion(console, mine), [_result(mine), _result(theirs), Text("")])
+        for mine, theirs in zip(left.criteria, right.criteria, strict=True)
+    ]
+    return _table(console, [left.name, right.name, tr("ratio")], rows, verbose)
 
 
 def _table_of_sides(console: Console, group: GroupComparison, room: int, verbose: bool) -> Table:
     tested = {one.measure: one for one in group.tested}
     left, right = group.baseline, group.candidate
-    table = _table(
-        verbose, "", tr("baseline"), tr("candidate"), tr("difference [95 %]"), "p", width=max(14, console.width // 5)
-    )
-    if not verbose:
-        table.columns[0].max_width = max(20, console.width - 62)
     keys = [key for key in _SHOWN if key in tested]
-    for key in list(tested) if verbose else _fitting(keys, room):
-        one = tested[key]
-        table.add_row(
-            Text(tr(one.title)), _value(one.baseline), _value(one.candidate), Text(_difference(one)), Text(_p(one))
+    shown = [tested[key] for key in (list(tested) if verbose else _fitting(keys, room))]
+    judged: list[_Row] = [
+        (
+            tr(criterion.title),
+            [*(_results([run.criteria[place] for run in side.runs]) for side in (left, right)), Text(""), Text("")],
         )
-    for place, criterion in enumerate(right.runs[0].criteria):
-        cells = [_results([run.criteria[place] for run in side.runs]) for side in (left, right)]
-        table.add_row(Text(tr(criterion.title)), *cells, "", "")
-    return table
+        for place, criterion in enumerate(right.runs[0].criteria)
+    ]
+
+    def rows(*, intervals: bool) -> list[_Row]:
+        return [
+            (
+                tr(one.title),
+                [_value(one.baseline), _value(one.candidate), Text(_difference(one, intervals)), Text(_p(one))],
+            )
+            for one in shown
+        ] + judged
+
+    whole = rows(intervals=True)
+    values = sum(max(cell_len(cells[place].plain) for _, cells in whole) + _GAP for place in range(4))
+    intervals = verbose or console.width - values >= _LEAST_TITLE
+    names = [tr("baseline"), tr("candidate"), tr("difference [95 %]") if intervals else tr("difference"), "p"]
+    return _table(console, names, whole if intervals else rows(intervals=False), verbose, _NAME_WIDTH)
 
 
 def _results(criteria: Sequence[Criterion]) -> Text:
@@ -214,10 +271,10 @@ def _results(criteria: Sequence[Criterion]) -> Text:
     return Text(", ".join(told), style="red" if counts["fail"] else "green")
 
 
-def _difference(one: Tested) -> str:
+def _difference(one: Tested, intervals: bool) -> str:
     if isinstance(one.difference, NotMeasured):
         return ""
-    if one.interval is None:
+    if one.interval is None or not intervals:
         return text(one.difference.value)
     return f"{text(one.difference.value)} [{text(one.interval.low)}, {text(one.interval.high)}]"
 
@@ -236,7 +293,8 @@ def _add_limits(page: _Page, limits: Sequence[str]) -> None:
 
 
 def _add_verdict(page: _Page, verdict: Verdict) -> None:
-    page.add(tr(verdict.state), 1, _STATE_STYLE.get(verdict.state, "bold"))
+    state = (tr(verdict.state), _STATE_STYLE.get(verdict.state, "bold"))
+    page.add(Text.assemble((tr("Verdict:"), "bold"), " ", state), 1)
     page.add(tr(verdict.sentence), 4)
     page.add(tr(verdict.detail), 3)
     if verdict.remedy:
@@ -268,14 +326,16 @@ def _add_findings(page: _Page, findings: Sequence[Finding], most: int) -> None:
 def _add_difference(
     page: _Page, attribution: Sequence[Attribution], suspects: Sequence[Suspect], verbose: bool
 ) -> None:
-    """What the difference is made of, and which setting is to blame."""
+    """What the candidate has more of, and which setting is to blame. What it has less of explains no bad step: the page
+    shows that too."""
     parts = []
     for kind in ("module", "term"):
-        measure = next((one.measure for one in attribution if one.kind == kind), None)
-        best = [one for one in attribution if one.kind == kind and one.measure == measure][: 10 if verbose else 2]
-        if best:
-            named = ", ".join(f"{one.name} {100 * (one.share or 0):.0f} %" for one in best)
-            parts.append(tr("{names} ({what})", names=named, what=best[0].title))
+        most = next((one for one in _largest(attribution, kind) if (one.share or 0) > 0), None)
+        if most is None:
+            continue
+        same = [one for one in attribution if one.measure == most.measure and (one.share or 0) >= _LEAST_SHARE]
+        named = ", ".join(f"{one.name}: {100 * (one.share or 0):.0f} %" for one in same[: 10 if verbose else 2])
+        parts.append(tr("{names} ({what})", names=named, what=most.title))
     if parts:
         page.add(tr("Share of the difference: {parts}", parts="; ".join(parts)), 2)
     for place, suspect in enumerate(suspects if verbose else [one for one in suspects if one.score > _SUSPECT][:2]):
@@ -289,6 +349,15 @@ def _add_difference(
             ),
             1 if place else 2,
         )
+
+
+def _largest(attribution: Sequence[Attribution], kind: str) -> list[Attribution]:
+    """Of every measure of a kind, the module or term with the largest share of either sign."""
+    found: dict[str, Attribution] = {}
+    for one in attribution:
+        if one.kind == kind:
+            found.setdefault(one.measure, one)
+    return list(found.values())
 
 
 def _add_gates(page: _Page, gates: Sequence[GateResult]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -155,3 +156,36 @@ def test_the_verdict_fits_30_lines_of_100_columns_and_verbose_has_all(runs: dict
         whole = printed(*paths, "--verbose")
         assert not any("…" in line for line in whole)
         assert "what another seed would do" in " ".join(whole) or "Runs were resampled and dealt" in " ".join(whole)
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_nothing_in_the_table_is_cut_to_the_same(runs: dict[str, Path], columns: int) -> None:
+    def printed(*arguments: object) -> list[str]:
+        done = CliRunner().invoke(app, ["compare", *map(str, arguments)], env={"COLUMNS": str(columns)})
+        assert done.exit_code == 0, done.output
+        lines = done.output.splitlines()
+        assert lines[0] == "Verdict: less stable"
+        assert max(map(len, lines)) <= columns
+        return lines
+
+    for paths in (list(runs.values()), [runs["calm0"], runs["bad0"]]):
+        lines = printed(*paths)
+        head = next(place for place, line in enumerate(lines) if line.startswith("   "))
+        tail = next(place for place, line in enumerate(lines) if line.startswith("error "))
+        titles = [re.split(r" {2,}", line)[0] for line in lines[head + 1 : tail]]
+        assert len(set(titles)) == len(titles) > 6, titles
+        assert all("…" not in line[-30:] for line in lines[head + 1 : tail]), "a value is cut"
+        assert "…" not in lines[head] or len(paths) == 2
+    assert not any("-" in line and "Share of the difference" in line for line in lines)
+
+
+def test_what_the_candidate_has_less_of_is_not_blamed(runs: dict[str, Path]) -> None:
+    """Against a run with bad steps the calm one has less of everything."""
+    done = CliRunner().invoke(app, ["compare", str(runs["bad0"]), str(runs["calm0"])], env={"COLUMNS": "100"})
+    assert "-" not in "".join(line for line in done.output.splitlines() if "Share of the difference" in line)
+    assert done.output.startswith("Verdict: stable\n")
+
+
+def test_a_run_twice_on_a_side_is_refused(command: Command, runs: dict[str, Path]) -> None:
+    code, text = command("compare", runs["calm0"], "--group", f"g={runs['bad0']},{runs['bad0'].with_suffix('.record')}")
+    assert (code, "is there more than once" in text) == (2, True), text
