@@ -86,6 +86,7 @@ def run_trial(
     """
     began = time.perf_counter()
     trainer: _ShortRun | None = None
+    gc.freeze()  # what was there before this run is none of it: looking through all of it takes longer than a short run
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # of bad steps, which are what is looked for
@@ -109,6 +110,7 @@ def run_trial(
         _tidy(out)
         trainer = None
         gc.collect()  # the model and its hooks refer to each other
+        gc.unfreeze()
 
 
 def _step_seconds(run: Run) -> float | None:
