@@ -25,8 +25,8 @@ HARMLESS = 1.1  # a loss at most so many times the lowest of all trials has not 
 _SEEN = ("nonfinite-loss", "nonfinite-output")  # NaN that is written into a tensor has no mechanism to be found
 _LABELS = ("incident-wrong-labels",)
 _INPUT = ("incident-nonfinite-input", "incident-poisoned-buffers", "data-nonfinite", "projection-nonfinite")
-# a gradient that a user's hook or function has spoilt; clipping takes one NaN to all weights
-_BY_HAND = ("incident-custom-function", "nonfinite-gradient", "incident-nan-through-clipping")
+# a gradient that a user's hook has replaced; clipping takes one NaN to all weights
+_HOOKED = ("incident-gradient-scaled", "nonfinite-gradient", "incident-nan-through-clipping")
 _OUTLIER = ("incident-input-outlier",)
 _CUT = ("incident-detached",)
 _SCALED = ("incident-gradient-scaled",)
@@ -41,9 +41,10 @@ RIGHT: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("exp-overflow", "naive-softmax"), ("incident-exp-overflow",)),
     "huge-scores": ("incident-exp-overflow", "incident-module-output-jump"),  # queries and keys × 1e30
     **dict.fromkeys(("masked-softmax", "empty-sequence"), ("incident-masked-softmax-row", "attention-masked-rows")),
-    **dict.fromkeys(("zero-output", "zeroed-features"), ("incident-dead-units", "incident-detached", "dead-units")),
+    **dict.fromkeys(("zero-output", "zeroed-features"), ("incident-dead-units", "incident-module-output-jump")),  # × 0
     **dict.fromkeys(("sqrt-zero", "root-of-zero-loss"), ("incident-sqrt-at-zero",)),
-    **dict.fromkeys(("nan-gradient", "nan-gradient-hook", "custom-backward", "parameter-hook-nan"), _BY_HAND),
+    **dict.fromkeys(("nan-gradient", "nan-gradient-hook", "parameter-hook-nan"), _HOOKED),
+    "custom-backward": ("incident-custom-function",),
     **dict.fromkeys(("scale-gradient", "gradient-x1000", "branch-gradient-x1000"), _SCALED),
     **dict.fromkeys(
         ("zero-gradient", "embedding-gradient-0"), (*_CUT, "incident-dead-units", "incident-gradient-scaled")
