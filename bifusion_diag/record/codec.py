@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -123,5 +124,8 @@ def _refuse_constant(text: str) -> Any:
 
 
 def loads(text: str) -> Any:
-    """Parse strict JSON; bare NaN and Infinity are errors."""
-    return json.loads(text, parse_constant=_refuse_constant)
+    """Parse strict JSON; bare NaN and Infinity are errors. Half a character, which no file can hold, is a "?"."""
+    document = json.loads(text, parse_constant=_refuse_constant)
+    if re.search(r"\\u[dD][89a-fA-F]", text):
+        return json.loads(json.dumps(document, ensure_ascii=False).encode("utf-8", "replace"))
+    return document

@@ -16,7 +16,7 @@ import bifusion_diag.record
 from benchmarks.process import peak_growth
 from bifusion_diag.errors import UserError
 from bifusion_diag.record import ModuleInfo, RecordError, RecordReader, RunHeader, RunWriter, load_run, resolve_run
-from bifusion_diag.record.codec import pack_steps, unpack_steps
+from bifusion_diag.record.codec import loads, pack_steps, unpack_steps
 from bifusion_diag.record.document import to_document
 from bifusion_diag.record.reduce import reduce_record
 
@@ -523,3 +523,7 @@ def test_a_run_is_found_in_its_folder(tmp_path: Path) -> None:
     (folder / "run.json").unlink()
     assert load_run(str(folder)).steps.tolist() == [0, 1]
     assert resolve_run(tmp_path / "absent") == tmp_path / "absent"
+
+
+def test_half_a_character_is_read_as_one_that_files_can_hold() -> None:
+    assert loads('{"a\\ud800": ["\\udfff!", "\\ud83d\\ude00"]}') == {"a?": ["?!", "😀"]}
