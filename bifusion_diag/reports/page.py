@@ -100,6 +100,14 @@ class Page:
     groups: GroupComparison | None = None
 
     @property
+    def opened(self) -> str:
+        """Id of the incident that is open at first: that of the first finding, else the first."""
+        told = [shown.incident for run in self.judged for shown in run.findings[:1]]
+        return next(filter(None, told), "") or next(
+            (one.anchor for group in self.incidents for one in group.articles), ""
+        )
+
+    @property
     def plots(self) -> list[Plot]:
         """All plots, in order."""
         some = [self.timeline, self.validation, *self.heatmaps, *self.why, *self.cost[0]]
@@ -145,7 +153,7 @@ def comparison_page(
         baseline_findings=first.findings,
         facts=facts(names, runs),
         limits=limits(comparisons, names),
-        incidents=incidents,
+        incidents=_judged_first(incidents, 1),
         timeline=draw_timeline(traces, detail=budget.detail),
         validation=draw_validation(traces),
         heatmaps=heatmaps(traces, budget),
@@ -265,7 +273,7 @@ def groups_page(
         judged=[judged],
         facts=facts(names, runs),
         limits=[*([alone] if len(runs) > 2 else []), *shown.limits],
-        incidents=incidents,
+        incidents=_judged_first(incidents, len(baselines)),
         timeline=draw_timeline(traces, detail=budget.detail),
         validation=draw_validation(traces),
         criteria=list(zip(*(assessment.criteria for assessment in assessments), strict=True)),
@@ -344,6 +352,11 @@ def _traces(
         anchors = {} if group is None else {article.step: article.anchor for article in group.articles}
         traces.append(Trace(run, assessment.measures, labels[place], colour, anchors))
     return traces
+
+
+def _judged_first(incidents: Sequence[IncidentGroup], baselines: int) -> list[IncidentGroup]:
+    """Those of the runs that are judged, then those of the baselines, which come first in the page's order of runs."""
+    return sorted(incidents, key=lambda group: group.place < baselines)
 
 
 def _of_run(incidents: Sequence[IncidentGroup], place: int) -> IncidentGroup | None:

@@ -34,6 +34,7 @@ class ShownFinding:
         anchor: its id in the page.
         incident: the id of the incident that it is of, "" where there is none.
         command: what replays it, "" where the record does not tell how.
+        folded: it is closed at first: it is not among those that the first screen names, and no error.
     """
 
     finding: Finding
@@ -41,6 +42,7 @@ class ShownFinding:
     anchor: str
     incident: str
     command: str
+    folded: bool = False
 
     @property
     def lead(self) -> str:
@@ -108,6 +110,7 @@ def shown_findings(
                 f"finding-{place}-{number}",
                 article.anchor if article is not None else "",
                 command or _replay_command(run, steps, source),
+                number >= TOP and finding.severity != "error",
             )
         )
     return shown

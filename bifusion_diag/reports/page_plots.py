@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 from bifusion_diag.diagnosis.names import loss_terms
 from bifusion_diag.diagnosis.quantity import NotMeasured
 from bifusion_diag.reports.budget import Budget
 from bifusion_diag.reports.language import tr
-from bifusion_diag.reports.palette import CATEGORY
+from bifusion_diag.reports.palette import BASELINE, CATEGORY
 from bifusion_diag.reports.plots import (
     QUANTITIES,
     Trace,
@@ -73,21 +74,21 @@ def heatmaps(traces: Sequence[Trace], budget: Budget) -> list[Plot]:
     """Gradient norms by module, and what else was recorded by module."""
     some = [trace for place, trace in enumerate(traces) if place == 0 or place > len(traces) - budget.runs]
     drawn = [draw_heatmap(some, quantity) for quantity in QUANTITIES[: budget.heatmaps]]
-    return [plot for plot in drawn if plot is not None]
+    return _first_open([plot for plot in drawn if plot is not None])
 
 
 def _scenes(traces: Sequence[Trace]) -> Drawn:
     """α painted on a scene, beside the gate's histogram; and why not, where no run has it."""
-    plots: list[Plot] = []
-    reasons: dict[str, None] = {}
-    for index, trace in enumerate(traces):
-        panel = scene_panel(trace.run, trace.label)
-        if isinstance(panel, NotMeasured):
-            reasons[panel.reason] = None
-        else:
-            plots.append(draw_scene(panel, f"scene{index}"))
-    told = [tr("Not measured: α on a scene: {why}.", why=reason) for reason in reasons]
-    return plots, [] if plots else told[:1]
+    panels = [scene_panel(trace.run, trace.label) for trace in traces]
+    drawn = [
+        None if isinstance(panel, NotMeasured) else draw_scene(panel, f"scene{index}")
+        for index, panel in enumerate(panels)
+    ]
+    plots = [plot for plot in drawn if plot is not None]
+    reasons = [panel.reason for panel in panels if isinstance(panel, NotMeasured)]
+    if not plots and reasons:  # of the last run, which is judged; a baseline has no gate
+        return [], [tr("Not measured: α on a scene: {why}.", why=reasons[-1])]
+    return _first_open(plots, _judged(traces, drawn)), []
 
 
 def _not_drawn(traces: Sequence[Trace], some: Sequence[Trace]) -> list[str]:
@@ -101,10 +102,25 @@ def _drawn(traces: Sequence[Trace], *kinds: tuple[str, Callable[[Trace, str], Pl
     gaps: list[str] = []
     for kind, draw, gap in kinds:
         drawn = [draw(trace, f"{kind}{index}") for index, trace in enumerate(traces)]
-        plots += [plot for plot in drawn if plot is not None]
+        plots += _first_open([plot for plot in drawn if plot is not None], _judged(traces, drawn))
         if not any(drawn):
             gaps.append(tr(gap))
     return plots, gaps
+
+
+def _judged(traces: Sequence[Trace], drawn: Sequence[Plot | None]) -> Plot | None:
+    """The plot of the first run that is no baseline."""
+    pairs = zip(traces, drawn, strict=True)
+    return next((plot for trace, plot in pairs if plot is not None and trace.colour != BASELINE), None)
+
+
+def _first_open(plots: Sequence[Plot], shown: Plot | None = None) -> list[Plot]:
+    """The one that is shown, else the first, then all others of the kind, folded: a reader is not to scroll past ten
+    pictures of one kind.
+    """
+    shown = shown or next(iter(plots), None)
+    ordered = sorted(plots, key=lambda plot: plot is not shown)
+    return [plot if plot is shown else replace(plot, folded=True) for plot in ordered]
 
 
 def _term_colours(traces: Sequence[Trace]) -> dict[str, str]:

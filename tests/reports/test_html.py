@@ -66,7 +66,7 @@ def test_the_first_screen_answers(page: str) -> None:
 
 
 def test_sections_come_in_the_reader_s_order(page: str) -> None:
-    titles = ("Timeline", "Findings", "Where: ", "Why: ", "Cost: ", "Criteria", "What differed", "To reproduce")
+    titles = ("Timeline", "Findings", "Where: ", "Why: ", "Criteria", "Cost: ", "What differed", "To reproduce")
     places = [page.index(f"<h2>{title}") for title in titles]
     assert places == sorted(places)
 
@@ -196,3 +196,37 @@ def test_findings_of_the_baseline_are_told_too(baseline: Run, candidate: Run) ->
     told = html[html.index("In the baseline bifusion-fragile") : html.index("Where: gradients by module")]
     assert "error: Loss term instance is non-finite, first at step 233." in told
     assert "In the baseline" not in render_run(assess_run(baseline), baseline)
+
+
+def test_the_judged_run_is_shown_and_its_repeats_are_folded(page: str, baseline: Run, candidate: Run) -> None:
+    shown = comparison_page([compare_runs(baseline, candidate)], baseline, [candidate])
+    for kind in ("terms", "throughput"):
+        plots = [plot for plot in shown.plots if plot.name.startswith(kind)]
+        assert [plot.folded for plot in plots] == [False] + [True] * (len(plots) - 1)
+        assert candidate.header.name in plots[0].title
+    assert [plot.folded for plot in shown.heatmaps] == [False] + [True] * (len(shown.heatmaps) - 1)
+    assert len(shown.heatmaps) > 1
+    assert page.count('<details class="folded">') == sum(plot.folded for plot in shown.plots)
+
+
+def test_why_a_scene_is_missing_is_told_of_the_judged_run(baseline: Run, candidate: Run) -> None:
+    plain = dataclasses.replace(baseline.header, settings={**baseline.settings, "model": {"fusion": "none"}})
+    without = dataclasses.replace(baseline, header=plain)
+    shown = comparison_page([compare_runs(without, candidate)], without, [candidate])
+    assert [gap for gap in shown.why_gaps if "fusion 'none'" in gap] == []
+    assert [gap for gap in shown.why_gaps if "α on a scene" in gap] != []
+
+
+def test_text_that_reorders_or_never_ends_does_neither(baseline: Run, candidate: Run) -> None:
+    text = "begin \u202eevil\u2066\x1b[31m\x00 end" + "x" * 10_000
+    incident = {
+        "kind": "nonfinite-loss", "mechanism": text, "title": text, "explanation": text, "terms": [text],
+        "samples": [{"name": text, "why": text}], "cause": {"module": text, "direction": "loss"},
+    }  # fmt: skip
+    events = [*candidate.events, Event(141, "non-finite", text, {"scenes": [text], "incident": incident})]
+    bad = dataclasses.replace(candidate, events=events)
+    html = render_comparison([compare_runs(baseline, bad)], baseline, [bad])
+    assert re.findall("[\x00-\x08\x0e-\x1f\u202a-\u202e\u2066-\u2069]", html) == []
+    for tag in ("h1", "h3", "summary", "a"):
+        for title in re.findall(rf"<{tag}\b[^>]*>(.*?)</{tag}>", html, flags=re.DOTALL):
+            assert len(title) < 3000

@@ -187,3 +187,19 @@ def test_it_speaks_chinese(recorded: Make) -> None:
         plot = draw_scene(panel_of(run))
     assert ElementTree.fromstring(plot.svg) is not None
     assert "α" in plot.title
+
+
+def test_a_narrow_range_of_alpha_is_drawn_again_in_all_colours(recorded: Make) -> None:
+    run = recorded(snapshot(BEFORE, 0, "before training"), snapshot(np.array([0.48, 0.49, 0.5, 0.1, 0.9]), 9, "end"))
+    plot = draw_scene(panel_of(run))
+    texts = " ".join("".join(one.itertext()) for one in ElementTree.fromstring(plot.svg).iter(f"{SVG}text"))
+    assert "The same α, colours stretched to 1–99 %" in texts
+    assert "colours stretched to the range of its points" in plot.caption
+    colours = {tuple(colour) for picture, _ in pictures(plot.svg)[-2:] for colour in picture[picture[..., 3] == 255]}
+    ends = np.array([colormaps["cividis"](0.0), colormaps["cividis"](1.0)])[:, :3] * 255
+    for end in ends:
+        assert min(np.abs(np.array(colour[:3]) - end).max() for colour in colours) <= 4
+    wide = recorded(snapshot(AFTER, 9, "at the end"))
+    assert "stretched" not in draw_scene(panel_of(wide)).svg
+    flat = recorded(snapshot(BEFORE, 0, "before training"))
+    assert "stretched" not in draw_scene(panel_of(flat)).svg

@@ -8,7 +8,7 @@ import pytest
 
 from bifusion_diag.diagnosis import assess_run, compare_runs
 from bifusion_diag.record.schema import Event, Run
-from bifusion_diag.reports import render_comparison, render_run
+from bifusion_diag.reports import html, render_comparison, render_run
 from bifusion_diag.reports.budget import BUDGETS, MAX_BYTES
 from bifusion_diag.reports.page_settings import setting_tables
 
@@ -55,3 +55,16 @@ def test_texts_that_differ_beyond_the_cut_are_seen_to_differ(bulky: Run) -> None
     (row,) = setting_tables(runs, BUDGETS[-1])[0].differing
     assert row.texts[0] != row.texts[1]
     assert max(map(len, row.texts)) <= BUDGETS[-1].length
+
+
+def test_a_page_that_no_budget_makes_small_gives_up_parts_and_says_which(
+    candidate: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(html, "BUDGETS", BUDGETS[-1:])
+    for most, given_up in ((1_000_000, False), (250_000, True), (60_000, True)):
+        monkeypatch.setattr(html, "MAX_BYTES", most)
+        page = render_run(assess_run(candidate), candidate)
+        assert len(page.encode()) <= most
+        assert "bifusion-fragile is unstable" in page
+        assert ("Left out, as this page would be too large: Why: losses" in page) is given_up
+    assert "Timeline." in page[page.index("Left out") :]

@@ -34,8 +34,11 @@ DIM = 0.45  # how much of the photograph is left beneath the points
 UNSEEN = CATEGORY[2]  # a hue that the map has not, as its middle is grey
 LEVELS = 200  # of colour
 SIZE = 5.0  # of a point [square points]
+STRETCHED = (0.002, 0.6)  # ranges of α that are drawn a second time in all colours: a record keeps α to 0.0005
+
 
 Floats = NDArray[np.floating[Any]]
+Range = tuple[float, float]  # of α: the first and the last colour
 
 
 def draw_scene(panel: ScenePanel, name: str = "scene") -> Plot:
@@ -50,7 +53,9 @@ def draw_scene(panel: ScenePanel, name: str = "scene") -> Plot:
     limits = _limits(places, with_camera=above)
     spread = np.ptp(limits, axis=1)
     floor = float(np.clip(width * spread[1] / max(spread[0], 1e-6), 1.8, TALLEST))
-    height = TOP + sum(tall) + BETWEEN * len(tall) + floor + BOTTOM
+    stretched = _own_range(panel.drawn[-1])
+    again = 0.0 if stretched is None else 2 * BETWEEN + floor + BOTTOM
+    height = TOP + sum(tall) + BETWEEN * len(tall) + floor + BOTTOM + again
     columns = [LEFT + place * (width + GAP) for place in range(3)]
     photographs: list[str] = []
     with drawing(height) as figure:
@@ -80,6 +85,26 @@ def draw_scene(panel: ScenePanel, name: str = "scene") -> Plot:
             if column == 1:
                 axes.set_ylabel(tr("ahead of the camera [m]") if above else "y [m]")
         _draw_key(figure, panel, (columns[0], top - floor, width, floor), height)
+        if stretched is not None:
+            top -= floor + BOTTOM + 2 * BETWEEN
+            _draw_bar(
+                figure,
+                (columns[0], top - floor, width, floor),
+                height,
+                stretched,
+                tr("The same α, colours stretched to 1–99 %"),
+            )
+            axes = figure.add_axes((columns[1] / WIDTH, (top - floor) / height, width / WIDTH, floor / height))
+            _draw_above(axes, panel.drawn[-1], places, above, limits, floor / width, stretched)
+            title(axes, tr("{when}, stretched", when=_heading(panel.drawn[-1])))
+            axes.set_xlabel(tr("right of the camera [m]") if above else "x [m]")
+            axes.set_ylabel(tr("ahead of the camera [m]") if above else "y [m]")
+            for view, rows in list(zip(scene.views, tall, strict=True))[:1]:
+                rows = min(rows, floor)
+                wide = rows * view.size[0] / view.size[1]
+                axes = figure.add_axes((columns[2] / WIDTH, (top - rows) / height, wide / WIDTH, rows / height))
+                photographs.append(_photograph(name, 0, (columns[2], height - top, wide, rows), whole=False))
+                _draw_view(axes, view, panel.drawn[-1], 0, stretched)
         alt = _alt(panel)
         svg = render(figure, name, alt)
     svg = re.sub(r'(<image\b[^>]*?) id="[^"]*"', r"\1", svg)  # equal pictures would have equal ones
@@ -120,7 +145,20 @@ def _photograph(name: str, number: int, box: tuple[float, float, float, float], 
     return f'<use href="#{name}-photograph{number}" transform="translate({left} {top}) scale({wide} {tall})"{opacity}/>'
 
 
-def _draw_view(axes: Axes, view: SceneView, snapshot: Snapshot | None, number: int) -> None:
+def _own_range(snapshot: Snapshot) -> Range | None:
+    """From which to which α most seen points are, 1–99 %; None where that is too little or so much that the picture
+    in the colours of 0 to 1 shows it all.
+    """
+    seen = snapshot.alpha[snapshot.scene.valid & np.isfinite(snapshot.alpha)]
+    if not seen.size:
+        return None
+    low, high = (float(value) for value in np.percentile(np.clip(seen, 0, 1), [1, 99]))
+    return (low, high) if STRETCHED[0] <= high - low <= STRETCHED[1] else None
+
+
+def _draw_view(
+    axes: Axes, view: SceneView, snapshot: Snapshot | None, number: int, colours: Range = (0.0, 1.0)
+) -> None:
     """The frame of an image, and the points that are shown in it."""
     width, height = view.size
     axes.set_xlim(-0.5, width - 0.5)
@@ -131,25 +169,34 @@ def _draw_view(axes: Axes, view: SceneView, snapshot: Snapshot | None, number: i
         spine.set_visible(True)
     if snapshot is not None:
         here = snapshot.scene.view == number
-        _draw_points(axes, snapshot.scene.uv[here], snapshot.alpha[here], snapshot.scene.valid[here])
+        _draw_points(axes, snapshot.scene.uv[here], snapshot.alpha[here], snapshot.scene.valid[here], colours)
 
 
-def _draw_points(axes: Axes, places: Floats, alpha: Floats, valid: NDArray[np.bool_]) -> None:
+def _draw_points(axes: Axes, places: Floats, alpha: Floats, valid: NDArray[np.bool_], scale: Range) -> None:
     """In the order given: the points without a 2D feature beneath, those with a non-finite α on top."""
     finite = np.isfinite(alpha)
     unseen, seen, bad = finite & ~valid, finite & valid, ~finite
     x, y = places[:, 0], places[:, 1]
-    colours = colormaps[MAP].resampled(LEVELS)(np.clip(alpha[seen], 0, 1))
+    low, high = scale
+    colours = colormaps[MAP].resampled(LEVELS)(np.clip((alpha[seen] - low) / (high - low), 0, 1))
     plain: Any = {"rasterized": True, "antialiased": False}  # few colours: see _lighter
     axes.scatter(x[unseen], y[unseen], marker="x", s=1.6 * SIZE, color=UNSEEN, linewidths=0.8, **plain)
     axes.scatter(x[seen], y[seen], s=SIZE, c=colours, linewidths=0, **plain)
     axes.scatter(x[bad], y[bad], s=2 * SIZE, color=NON_FINITE, linewidths=0, **plain)
 
 
-def _draw_above(axes: Axes, snapshot: Snapshot, places: Floats, camera: bool, limits: Floats, aspect: float) -> None:
+def _draw_above(
+    axes: Axes,
+    snapshot: Snapshot,
+    places: Floats,
+    camera: bool,
+    limits: Floats,
+    aspect: float,
+    colours: Range = (0.0, 1.0),
+) -> None:
     """The points from above."""
     order = np.argsort(places[:, 2], kind="stable")  # high ones hide low ones
-    _draw_points(axes, places[order, :2], snapshot.alpha[order], snapshot.scene.valid[order])
+    _draw_points(axes, places[order, :2], snapshot.alpha[order], snapshot.scene.valid[order], colours)
     if camera:
         axes.plot(0, 0, marker="^", color=INK, markersize=6)
     (left, right), (low, high) = limits
@@ -188,12 +235,8 @@ def _limits(places: Floats, *, with_camera: bool) -> Floats:
 
 def _draw_key(figure: Figure, panel: ScenePanel, box: tuple[float, float, float, float], height: float) -> None:
     """Colour bar and marks, in the corner beneath the images."""
-    left, bottom, wide, tall = box
-    bar = figure.add_axes((left / WIDTH, (bottom + tall - 0.42) / height, 0.8 * wide / WIDTH, 0.11 / height))
-    figure.colorbar(ScalarMappable(Normalize(0, 1), MAP), cax=bar, orientation="horizontal")
-    bar.set_xticks([0, ALPHA_BAND[0], 0.5, ALPHA_BAND[1], 1])
-    bar.tick_params(length=2, pad=2)
-    title(bar, tr("α: 0 = only 3D, 1 = only 2D"))
+    left, bottom, _, tall = box
+    _draw_bar(figure, box, height, (0.0, 1.0), tr("α: 0 = only 3D, 1 = only 2D"))
     marks = [
         Line2D([], [], linestyle="none", marker="o", markersize=4, color=colormaps[MAP](0.5), label=tr("α of a point")),
     ]
@@ -211,6 +254,19 @@ def _draw_key(figure: Figure, panel: ScenePanel, box: tuple[float, float, float,
         handles=marks, loc="upper left", bbox_to_anchor=((left - 0.1) / WIDTH, (bottom + tall - 0.72) / height),
         frameon=False, fontsize=8.5, labelcolor=QUIET, borderaxespad=0, handletextpad=0.4,
     )  # fmt: skip
+
+
+def _draw_bar(figure: Figure, box: tuple[float, float, float, float], height: float, scale: Range, what: str) -> None:
+    """A colour bar from the least α to the greatest."""
+    left, bottom, wide, tall = box
+    bar = figure.add_axes((left / WIDTH, (bottom + tall - 0.42) / height, 0.8 * wide / WIDTH, 0.11 / height))
+    figure.colorbar(ScalarMappable(Normalize(*scale), MAP), cax=bar, orientation="horizontal")
+    whole = scale == (0.0, 1.0)
+    bar.set_xticks([0, ALPHA_BAND[0], 0.5, ALPHA_BAND[1], 1] if whole else np.linspace(*scale, 3))
+    if not whole:
+        bar.xaxis.set_major_formatter(lambda value, _: f"{value:.4f}")
+    bar.tick_params(length=2, pad=2)
+    title(bar, what)
 
 
 def _heading(snapshot: Snapshot) -> str:
@@ -239,6 +295,10 @@ def _caption(panel: ScenePanel) -> str:
                 "Below: the points from above, left and right as in the first image."
                 if _from_above(scene)[1]
                 else "Below: the points along the z axis.",
+                "The last row is the last moment again with the colours stretched to the range of its points, so that "
+                "its structure is seen; a small difference looks large there."
+                if _own_range(panel.drawn[-1]) is not None
+                else "",
                 panel.provenance,
             ]
         )

@@ -112,7 +112,7 @@
   open();
   let closed = [];
   window.addEventListener("beforeprint", () => {
-    closed = [...document.querySelectorAll("details.incident:not([open])")];
+    closed = [...document.querySelectorAll("details:not([open])")];
     for (const one of closed) one.open = true;
   });
   window.addEventListener("afterprint", () => { for (const one of closed) one.open = false; });
