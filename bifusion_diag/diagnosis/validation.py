@@ -42,7 +42,11 @@ def validation_limits(runs: Sequence[tuple[str, Run]]) -> tuple[str, ...]:
         if run.names("eval/") and against(run)
     ]
     evaluated = [run for _, run in runs if run.names("eval/")]
-    if any(not same_validation(evaluated[0], run) for run in evaluated[1:]):
+    if len(evaluated) > 1 and not all(map(validation_of, evaluated)):
+        limits.append(
+            "Which scenes the runs were evaluated on is not recorded: their mIoU and AP may not be comparable."
+        )
+    elif any(not same_validation(evaluated[0], run) for run in evaluated[1:]):
         limits.append("The runs were evaluated on different scenes: their mIoU and AP cannot be compared.")
     return tuple(limits)
 

@@ -131,7 +131,7 @@ def judge_pair(
         if more and not lacking and chance >= CHANCE
         else ""
     )
-    if state == "less stable" and lacking and not (more and chance < CHANCE):
+    if state == "less stable" and lacking and counted and not (more and chance < CHANCE):
         few = _count(candidate, "nonfinite_steps")
         alike = fisher_more(few, 0, total, total_before)
         perhaps = say(_FEW_NONFINITE, count=few, total=total, p=f"{alike:.2g}") if alike >= CHANCE else ""
@@ -190,8 +190,17 @@ def _bad(measures: Measures) -> str:
     reading = measures.readings.get("bad_steps")
     if isinstance(reading, Quantity) and reading.value is not None:
         return str(int(reading.value))
-    least = math.ceil(len(measures.bad) / max(1, measures.smoothing))
+    least = _apart(measures.bad, measures.smoothing)
     return say("at least {number}", number=least) if least else "not measured"
+
+
+def _apart(steps: Sequence[int], window: int) -> int:
+    """How many steps were bad at the least, if the means over so many steps that end at these are."""
+    least, last = 0, -math.inf
+    for step in steps:
+        if step - last >= window:  # no step is part of both means
+            least, last = least + 1, step
+    return least
 
 
 def _bad_in(measures: Measures, total: int) -> str:
@@ -280,6 +289,9 @@ def _where(measures: Measures, incidents: Sequence[RecordedIncident]) -> tuple[s
             if is_first
             else say(", at step {step} on {scenes}", step=named[0], scenes=scenes)
         )
+    if measures.smoothing > 1:  # each bad step makes several of these rows
+        rows = "Of {total} logged rows that are bad, {count} start in {place}{on}."
+        return say(rows, total=len(starts), count=count, place=where, on=on), first.incident
     more = _count(measures, "bad_steps") > len(starts)
     traced = say("the {count} that were traced", count=len(starts)) if more else str(len(starts))
     template = (

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -189,3 +190,41 @@ def test_what_the_candidate_has_less_of_is_not_blamed(runs: dict[str, Path]) -> 
 def test_a_run_twice_on_a_side_is_refused(command: Command, runs: dict[str, Path]) -> None:
     code, text = command("compare", runs["calm0"], "--group", f"g={runs['bad0']},{runs['bad0'].with_suffix('.record')}")
     assert (code, "is there more than once" in text) == (2, True), text
+
+
+def logged(folder: Path, bad: tuple[int, ...], interval: int) -> Path:
+    """A work dir of MMEngine: 600 steps, means over 10 of them, a row every so many."""
+    rng = np.random.default_rng(0)
+    terms = {"seg_loss": rng.lognormal(0, 0.1, 600), "inst_loss": rng.lognormal(-1, 0.1, 600)}
+    terms["inst_loss"][[step - 1 for step in bad]] = np.nan
+    values = {**terms, "loss": sum(terms.values()), "grad_norm": rng.lognormal(0, 0.3, 600)}
+    rows: list[dict[str, float]] = []
+    for step in range(interval, 601, interval):
+        means = {name: float(np.mean(one[max(0, step - 10) : step])) for name, one in values.items()}
+        rows.append({**means, "lr": 1e-4, "epoch": 1 + (step - 1) // 300, "iter": step, "step": step})
+        if step % 300 == 0:
+            rows.append({"miou": 0.5, "step": step // 300})
+    place = folder / "20260101_000000" / "vis_data"
+    place.mkdir(parents=True)
+    (place / "scalars.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (place / "config.py").write_text("log_processor = dict(type='LogProcessor', window_size=10)\n")
+    return folder
+
+
+def test_two_imported_runs_say_what_such_logs_cannot_tell(
+    command: Command, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    calm, bad = logged(tmp_path / "calm", (), 1), logged(tmp_path / "bad", (200, 300), 1)
+    code, text = command("compare", calm, bad, "--fail-on", "unstable", "--verbose")
+    assert (code, "at least 2 bad steps in 600 (smoothed over 10" in text) == (1, True), text
+    assert "Of 20 logged rows that are bad, 20 start in loss term inst_loss." in text  # each step is in ten means
+    assert "bad steps that start there" not in text  # rows are no counts
+    assert "Which scenes the runs were evaluated on is not recorded" in text
+    assert "--fail-on unstable: By themselves, 1 of 1 runs are unstable (baseline 0 of 1)" in text
+    assert "chance" not in text
+    far = logged(tmp_path / "far", (199, 345, 346), 50)
+    text = command("compare", calm, far, "--verbose")[1]
+    assert "at least 2 bad steps in 12 (smoothed over 10" in text  # 191-200 and 341-350 have no step in common
+    assert "The candidate's log has a row every 50 steps: nothing is known of the other 40." in text
+    text = command("compare", runs["calm0"], bad)[1]
+    assert "Suspect" not in text  # neither record knows the other's names of settings

@@ -22,11 +22,11 @@ from typing import Literal
 import numpy as np
 
 from bifusion_diag.diagnosis.assess import RunAssessment
-from bifusion_diag.diagnosis.comparing.groups import GroupComparison
+from bifusion_diag.diagnosis.comparing.groups import BY_THEMSELVES, GroupComparison
 from bifusion_diag.diagnosis.criteria import CRITERIA
 from bifusion_diag.diagnosis.definitions import DEFINITIONS, definition_of, is_defined
 from bifusion_diag.diagnosis.findings import SEVERITIES
-from bifusion_diag.diagnosis.phrase import say
+from bifusion_diag.diagnosis.phrase import Phrase, say
 from bifusion_diag.diagnosis.quantity import NotMeasured, Quantity, Reading
 from bifusion_diag.diagnosis.rules import RULES, rule_ids
 from bifusion_diag.diagnosis.rules.incidents import PREFIX
@@ -188,7 +188,7 @@ def _look(
     if gate.kind == "unstable":
         alone = sum(run.verdict.state == "unstable" for run in runs)
         if state == "unstable" or alone:
-            return True, Quantity(alone, "runs"), verdict
+            return True, Quantity(alone, "runs"), verdict if state == "unstable" else _alone(runs, baseline)
     elif more is None:
         return None, NotMeasured(_NO_BASELINE), _NO_BASELINE
     elif state == "less stable" or (state == "unstable" and more == "shown"):
@@ -196,6 +196,11 @@ def _look(
     if state == "not enough data" or (gate.kind == "worse" and state == "unstable" and more == "untold"):
         return None, NotMeasured(verdict), verdict
     return False, Quantity(None), verdict
+
+
+def _alone(runs: Sequence[RunAssessment], baseline: Sequence[RunAssessment]) -> Phrase:
+    unstable = [sum(run.verdict.state == "unstable" for run in side) for side in (runs, baseline)]
+    return say(BY_THEMSELVES, unstable=unstable[0], runs=len(runs), before=unstable[1], runs_before=len(baseline))
 
 
 _NO_BASELINE = "there is no baseline to compare with"

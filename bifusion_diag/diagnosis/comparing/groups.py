@@ -36,6 +36,9 @@ from bifusion_diag.record.schema import Run
 __all__ = ["GroupComparison", "Interval", "Side", "Tested", "compare_groups"]
 
 
+BY_THEMSELVES = "By themselves, {unstable} of {runs} runs are unstable (baseline {before} of {runs_before})."
+
+
 @dataclass(frozen=True)
 class GroupComparison:
     """A candidate side against the baseline side.
@@ -160,7 +163,7 @@ def _judge_sides(baseline: Side, candidate: Side, primary: Tested, worst: RunCom
         test=_tested_words(primary),
     )
     by_itself = say(
-        "By themselves, {unstable} of {runs} runs are unstable (baseline {before} of {runs_before}).",
+        BY_THEMSELVES,
         unstable=unstable,
         runs=len(right),
         before=unstable_before,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -119,7 +119,13 @@ def compare_parts(
         attribution=attribute(
             [profile_of(reference, parts[0], left.measures)], [profile_of(run, parts[1], right.measures)]
         ),
-        suspects=rank_suspects(settings, right.findings, right.measures.origins, incidents),
+        suspects=rank_suspects(
+            settings,
+            right.findings,
+            right.measures.origins,
+            incidents,
+            foreign="imported" in {*reference.provenance} ^ {*run.provenance},
+        ),
     )
 
 
@@ -265,6 +271,15 @@ def _limits(baseline: Run, candidate: Run) -> tuple[str, ...]:
                     window=window,
                 )
             )
+        if (interval := _interval(run)) > window:
+            limits.append(
+                say(
+                    "The {word}'s log has a row every {interval} steps: nothing is known of the other {rest}.",
+                    word=word,
+                    interval=interval,
+                    rest=interval - window,
+                )
+            )
         if word == "baseline" and (ending := ending_of(run, "The baseline")):
             limits.append(ending)
     only = {
@@ -280,4 +295,11 @@ def _limits(baseline: Run, candidate: Run) -> tuple[str, ...]:
                     probes=", ".join(probes),
                 )
             )
-    return (*limits, *validation_limits((("the baseline", baseline), ("the candidate", candidate))))
+    return (*validation_limits((("the baseline", baseline), ("the candidate", candidate))), *limits)
+
+
+def _interval(run: Run) -> int:
+    """How many steps a row of an imported log stands for; 1 of our own records."""
+    imported = run.provenance.get("imported")
+    interval = imported.get("interval") if isinstance(imported, Mapping) else None
+    return interval if isinstance(interval, int) and interval > 0 else 1

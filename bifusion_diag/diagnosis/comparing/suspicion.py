@@ -7,8 +7,8 @@ A setting's score is that of the strongest thing that speaks against it:
 - 0.6: the candidate's value is a known risk and the baseline's is not (`RISKS`);
 - 0.5: it belongs to the part or the loss term in which most bad steps start;
 - 0.3: it changes the optimiser, the losses or the schedule; 0.2: the model or the data;
-- 0.1: the seed: chance; 0.0: it changes no number of the training (names, threads, what is recorded), or one of two
-  records of this program does not know it, as that is of another version: whether it differs nobody can tell.
+- 0.1: the seed: chance; 0.0: it changes no number of the training (names, threads, what is recorded), or one of the
+  records does not know it, as it is of another version or program: whether it differs nobody can tell.
 
 Each further thing that speaks against it adds 0.01: it ranks it before others of its kind. A score is no probability.
 """
@@ -195,6 +195,8 @@ def rank_suspects(
     findings: Sequence[Finding],
     origins: Sequence[Origin] = (),
     incidents: Sequence[RecordedIncident] = (),
+    *,
+    foreign: bool = False,
 ) -> tuple[Suspect, ...]:
     """Rank the settings that differ, the most suspect first.
 
@@ -203,21 +205,22 @@ def rank_suspects(
         findings: of the candidate.
         origins: where its bad steps start.
         incidents: its bad steps that were taken apart.
+        foreign: one of the records was imported and the other was not: they name their settings differently.
     """
     rows = [row for group in settings if group.title in SUSPECTED_GROUPS for row in group.rows if row.differs]
     place = _starts_most(origins, incidents)
-    unknown = _of_another_version(settings)
+    unknown = _of_another_version(settings, foreign)
     judged = (_judge(row, findings, place, unknown=row.key in unknown) for row in rows)
     return tuple(sorted(judged, key=lambda suspect: -suspect.score))
 
 
-def _of_another_version(settings: Sequence[SettingGroup]) -> set[str]:
-    """Settings that one of two records of this program, which write down all settings, does not know.
+def _of_another_version(settings: Sequence[SettingGroup], foreign: bool) -> set[str]:
+    """Settings that one of two records does not know: of this program, which writes down all, or one of them imported.
 
     Where a group of settings is "none" there, its members are absent because of that: they do differ.
     """
     rows = [row for group in settings if group.title in SUSPECTED_GROUPS for row in group.rows]
-    if not any(row.key == "preset" and ABSENT not in (row.baseline, row.candidate) for row in rows):
+    if not foreign and not any(row.key == "preset" and ABSENT not in (row.baseline, row.candidate) for row in rows):
         return set()  # what others write down is what they have set
     known = [{row.key for row in rows if row.baseline != ABSENT}, {row.key for row in rows if row.candidate != ABSENT}]
 
@@ -256,7 +259,9 @@ def _judge(
             )
         )
     if unknown:
-        against.append((_HARMLESS, say("Only one of the records knows it, as they are of different versions.")))
+        against.append(
+            (_HARMLESS, say("Only one of the records knows it: they are of different versions or programs."))
+        )
     elif _SEED_KEY.search(row.key):
         against.append((_SEED, say("Another seed: what it changes is chance.")))
     elif _INERT.search(row.key):

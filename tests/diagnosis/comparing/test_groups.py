@@ -137,8 +137,9 @@ def test_a_smoothed_run_counts_no_single_steps_and_is_not_tested(make_run: RunMa
         assert side.measures.readings[key].reason == "smoothed over 10: one bad step shows as 10"  # type: ignore[union-attr]
     assert side.measures.number("grad_norm/p50") is not None
     assert found.tested[0].p is None
-    assert "at least 1 bad step in 400 (smoothed over 10" in found.verdict.sentence
+    assert "at least 9 bad steps in 400 (smoothed over 10" in found.verdict.sentence
     assert "Bad steps were not tested" in found.statement
+    assert "chance" not in found.verdict.detail
     assert any("smoothed over 10" in limit for limit in found.pairs[0].limits)
 
 
