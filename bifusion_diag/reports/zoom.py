@@ -39,7 +39,7 @@ class Zoom:
     drawn: int = MAX_VERTICES
     _panels: list[Axes] = field(default_factory=list)
     _curves: dict[str, tuple[int, NDArray[np.int64], NDArray[np.float64]]] = field(default_factory=dict)
-    _texts: dict[str, int] = field(default_factory=dict)
+    _texts: dict[str, tuple[int, int]] = field(default_factory=dict)
     _count: int = 0
 
     def panel(self, axes: Axes) -> Axes:
@@ -65,10 +65,10 @@ class Zoom:
         for artist in artists:
             artist.set_gid(self._name("stretch"))
 
-    def text(self, artist: Artist, step: int) -> None:
-        """This text moves with a step."""
+    def text(self, artist: Artist, step: int, until: int | None = None) -> None:
+        """This text moves with a step; where it names what lasts until another, it stays in sight until then."""
         artist.set_gid(self._name("text"))
-        self._texts[str(artist.get_gid())] = step
+        self._texts[str(artist.get_gid())] = (step, step if until is None else until)
 
     def _name(self, kind: str) -> str:
         self._count += 1

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from bifusion_diag.diagnosis import measure_record, measures_to_dict
+from bifusion_diag.diagnosis import compare_runs, measure_record, measures_to_dict
 from bifusion_diag.record import ModuleInfo, RecordReader, Run, RunHeader, RunWriter, load_run
+from bifusion_diag.reports import render_comparison
 
 BLOCKS = ("conv0", "block1.0", "block2.0", "block3.0", "block4.0", "convtr4", "block5.0", "block6.0", "block7.0")
 FUSION = ("spatial_head", "global_head", "geometry", "film", "gate")
@@ -210,3 +211,9 @@ def candidate(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def writer() -> Callable[..., Run]:
     """The writer of further runs."""
     return write_run
+
+
+@pytest.fixture(scope="session")
+def comparison_html(baseline: Run, candidate: Run) -> str:
+    """The page of the candidate against the baseline."""
+    return render_comparison([compare_runs(baseline, candidate)], baseline, [candidate])

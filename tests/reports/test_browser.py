@@ -60,13 +60,17 @@ def hostile(run: Run) -> Run:
 
 @pytest.fixture(scope="module")
 def pages(
-    tmp_path_factory: pytest.TempPathFactory, baseline: Run, candidate: Run, writer: Callable[..., Run]
+    tmp_path_factory: pytest.TempPathFactory,
+    comparison_html: str,
+    baseline: Run,
+    candidate: Run,
+    writer: Callable[..., Run],
 ) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     bad = hostile(candidate)
     long = writer(folder / "long.json", name="long", preset="bifusion", steps=6000, fused=False, spikes={4321: 50.0})
     texts = {
-        "comparison": render_comparison([compare_runs(baseline, candidate)], baseline, [candidate]),
+        "comparison": comparison_html,
         "hostile": render_comparison([compare_runs(baseline, bad)], baseline, [bad]),
         "long": render_run(assess_run(long), long),
     }
@@ -225,6 +229,9 @@ def test_zoom_shows_what_was_hidden_and_goes_back(browser: Any, pages: dict[str,
     ticks = page.evaluate(
         "[...document.querySelectorAll('#timeline .timeaxis text')].map(one => Number(one.textContent))"
     )
+    names = """[...document.querySelectorAll('#timeline [id^=timeline-text]')]
+        .filter(one => /text\\d+$/.test(one.id) && one.style.display === '').map(one => one.textContent.trim())"""
+    assert page.evaluate(names) == ["S1"]  # it began before, and lasts
     assert 3 <= len(ticks) <= 12
     assert all(2990 <= tick <= 3310 for tick in ticks)
     cursors = page.evaluate("document.querySelectorAll('.cursor').length")

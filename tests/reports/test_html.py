@@ -22,9 +22,9 @@ from bifusion_diag.reports.plots import Trace, draw_timeline
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
 
 
-@pytest.fixture(scope="module")
-def page(baseline: Run, candidate: Run) -> str:
-    return render_comparison([compare_runs(baseline, candidate)], baseline, [candidate])
+@pytest.fixture
+def page(comparison_html: str) -> str:
+    return comparison_html
 
 
 def hostile(run: Run) -> Run:

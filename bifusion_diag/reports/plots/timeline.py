@@ -241,7 +241,7 @@ def _draw_stages(panels: Sequence[Axes], run: Run, limits: tuple[int, int], zoom
             if index % 2:
                 zoom.stretch(axes.axvspan(start, stop, color=BAND, zorder=0, linewidth=0))
     free = -np.inf
-    for start, _, name in found:
+    for start, stop, name in found:
         share = (start - first) / max(last - first, 1)
         if share < free:
             continue
@@ -251,7 +251,7 @@ def _draw_stages(panels: Sequence[Axes], run: Run, limits: tuple[int, int], zoom
             name, (start, 1), xycoords=("data", "axes fraction"), xytext=(3, -3), textcoords="offset points",
             va="top", color=QUIET, fontsize=8,
         )  # fmt: skip
-        zoom.text(label, start)
+        zoom.text(label, start, stop)
 
 
 def _last(side: Sequence[Trace], name: str) -> float:

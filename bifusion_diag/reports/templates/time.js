@@ -7,6 +7,7 @@ const say = (key, values = {}) => report.words[key].replace(/\{(\w+)\}/g, (_, na
 (() => {
   const SVG = "http://www.w3.org/2000/svg";
   const VERTICES = 2000; // of a line that is redrawn
+  const ROOM = 0.06; // of the width, for the name of a stage
   const CLOSEST = 8; // steps that a zoomed plot shows at least
   const element = (name, parent, attributes) => {
     const made = document.createElementNS(SVG, name);
@@ -74,7 +75,7 @@ const say = (key, values = {}) => report.words[key].replace(/\{(\w+)\}/g, (_, na
       const found = moving(id(name));
       return { ...found, panel: zoom.panels[curve.panel], x: steps(curve.x), y: curve.y };
     });
-    const texts = Object.entries(zoom.texts).map(([name, step]) => ({ group: id(name), step }));
+    const texts = Object.entries(zoom.texts).map(([name, [from, until]]) => ({ group: id(name), from, until }));
     const axes = zoom.panels.map((panel, index) => {
       const drawn = id(`timeaxis${index}`);
       return { panel, drawn, own: element("g", drawn.parentNode, { class: "timeaxis" }) };
@@ -144,10 +145,12 @@ const say = (key, values = {}) => report.words[key].replace(/\{(\w+)\}/g, (_, na
       move(curve);
       if (view) curve.paths[0][0].setAttribute("d", outline(curve, first, last, (step) => place(plot, step)));
     }
-    for (const { group, step } of plot.parts.texts) {
+    for (const { group, from, until } of plot.parts.texts) {
+      // The name of a stage that began before stays at the left edge while there is room for it.
+      const step = from < first && until > first + ROOM * (last - first) ? first : from;
       const inside = step >= first && step <= last;
       group.style.display = inside ? "" : "none";
-      const before = plot.left + (step - plot.first) / (plot.last - plot.first) * (plot.right - plot.left);
+      const before = plot.left + (from - plot.first) / (plot.last - plot.first) * (plot.right - plot.left);
       view ? group.setAttribute("transform", `translate(${place(plot, step) - before} 0)`) : group.removeAttribute("transform");
     }
     for (const { panel, drawn, own } of plot.parts.axes) {
