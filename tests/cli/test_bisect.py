@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -192,20 +193,25 @@ def test_bad_ends(command: Command, ends: tuple[str, str], words: str) -> None:
     assert (code, words in said) == (2, True), said
 
 
-def test_a_signal_ends_it_with_130_and_a_valid_journal(folder: Path, tmp_path: Path) -> None:
+def test_a_signal_ends_it_with_130_and_a_valid_journal(folder: Path, command: Command, tmp_path: Path) -> None:
+    """In this process: starting another one takes longer than the runs."""
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "bifusion_diag", *arguments(folder, "--out", out)]
-    process = subprocess.Popen(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("run 1"):
-            process.send_signal(signal.SIGINT)
-            break
-    rest = process.stdout.read()
-    process.stdout.close()
-    assert process.wait() == 130, rest
-    assert "interrupted; the same command goes on" in rest
-    for line in (out / "journal.jsonl").read_text().splitlines():
-        json.loads(line)
+
+    def interrupt_after_first_run() -> None:
+        journal = out / "journal.jsonl"
+        until = time.monotonic() + 120
+        while time.monotonic() < until:
+            if journal.is_file() and '{"run"' in journal.read_text():
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+            time.sleep(0.005)
+
+    watcher = threading.Thread(target=interrupt_after_first_run)
+    watcher.start()
+    code, said = command(*arguments(folder, "--out", out))
+    watcher.join()
+    assert code == 130, said
+    assert "interrupted; the same command goes on" in said
+    lines = [json.loads(line) for line in (out / "journal.jsonl").read_text().splitlines()]
+    assert sum("run" in line for line in lines) < 5, "it ended at once"
+    assert not (out / "bisect.json").exists()
