@@ -191,13 +191,6 @@ class Thresholds(BaseModel):
     unlabelled_share: Share = Field(
         0.9, description="audit: above this share of points without a class little is taught"
     )
-    steepest: Positive = Field(
-        15.0,
-        description="audit: above this largest |dL/dcos| the alignment is steeper than with the documents' τ of 0.07",
-    )
-    background_ratio: Positive = Field(
-        1.5, description="audit: from this factor on a weight of 'no object' is another one than the baseline's"
-    )
     augmentation_gain: Share = Field(
         0.1,
         description="audit: other coordinates that agree with the depth of so many more points are the captured ones; "

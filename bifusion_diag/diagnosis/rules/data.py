@@ -54,7 +54,7 @@ def data_range(context: Context) -> list[Finding] | NotMeasured:
         usual = what in _IN_METRES and all(_is_usual(context, oddity) for oddity in same)
         findings.append(
             Finding(
-                "data-range",
+                "few-points" if what == _FEW else "data-range",
                 "note" if usual else "warning",
                 what,
                 evidence,

@@ -58,7 +58,7 @@ def projection_nonfinite(context: Context) -> list[Finding] | NotMeasured:
     return [
         Finding(
             "projection-nonfinite",
-            "note" if way == "strict" else "warning",
+            "note" if way == "strict" else "error" if way in LETS_THROUGH else "warning",
             "Points are projected to NaN or infinity",
             (
                 Evidence("steps", count, "projection/inf"),

@@ -48,7 +48,7 @@ def loss_weights_vs_baseline(context: Context) -> list[Finding] | NotMeasured:
         theirs = load_settings(BASELINE).model_dump(mode="json")
     one, other = weights_of(theirs), weights_of(ours)
     limit = context.thresholds.weight_factor
-    different = {key for key in {**one, **other} if _differs(one.get(key), other.get(key), limit)}
+    different = {key for key in {**one, **other} if differs(one.get(key), other.get(key), limit)}
     styles = declared(theirs, STYLE), declared(ours, STYLE)
     if not different and styles[0] == styles[1]:
         return []
@@ -106,7 +106,8 @@ def weights_of(settings: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def _differs(one: float | None, other: float | None, factor: float) -> bool:
+def differs(one: float | None, other: float | None, factor: float) -> bool:
+    """Whether two weights are further apart than a factor, or only one of them is there and is not 0."""
     if not one or not other:
         return (one or 0.0) != (other or 0.0)
     return abs(math.log(other / one)) > math.log(factor)
@@ -130,19 +131,18 @@ def background_weight(context: Context) -> list[Finding] | NotMeasured:
     if queries is None or matched is None or queries <= 0:
         return NotMeasured("how many queries there are, and how many are matched, was not recorded (probe matching)")
     objects = min(matched * scenes, queries)
-    background = weight * (queries - objects)
-    share = background / (background + objects) if background + objects > 0 else 0.0
+    share = background_of_weights(weight, queries, objects) or 0.0
     low, high = context.thresholds.background_low, context.thresholds.background_high
     if low <= share <= high:
         return []
     evidence = (
-        Evidence("share of the background in the classification's weights", Quantity(share), NO_OBJECT),
+        Evidence(SHARE_OF_BACKGROUND, Quantity(share), NO_OBJECT),
         Evidence("weight of 'no object'", Quantity(weight), NO_OBJECT),
         Evidence("queries a step, median", Quantity(queries, "queries"), "matching/queries"),
         Evidence("matched of these", Quantity(objects, "queries"), "matching/queries_mean"),
     )
     little = share < low
-    balanced = _rounded(objects / (queries - objects)) if queries > objects else None
+    balanced = balanced_weight(queries, objects)
     mechanism = join(
         [
             "Unmatched queries hardly count: predicting an object where there is none costs next to nothing."
@@ -151,13 +151,25 @@ def background_weight(context: Context) -> list[Finding] | NotMeasured:
             _balance(balanced),
         ]
     )
-    title = (
-        "The background weighs too little in the classification"
-        if little
-        else "The background outweighs the objects in the classification"
-    )
+    title = TOO_LITTLE if little else TOO_MUCH
     remedy = {NO_OBJECT: balanced} if balanced else None
     return [Finding("background-weight", "warning", title, evidence, mechanism, term="instance_class", remedy=remedy)]
+
+
+SHARE_OF_BACKGROUND = "share of the background in the classification's weights"
+TOO_LITTLE = "The background weighs too little in the classification"
+TOO_MUCH = "The background outweighs the objects in the classification"
+
+
+def background_of_weights(weight: float, queries: float, matched: float) -> float | None:
+    """Share of unmatched queries in what the classification's mean weighs; None where nothing weighs anything."""
+    background = weight * (queries - matched)
+    return background / (background + matched) if background + matched > 0 else None
+
+
+def balanced_weight(queries: float, matched: float) -> float | None:
+    """The weight of no object that gives both the same share; None where no positive one does."""
+    return _rounded(matched / (queries - matched)) if queries > matched > 0 else None
 
 
 def _balance(weight: float | None) -> Phrase | str:

@@ -10,9 +10,17 @@ import torch
 from bifusion_diag.config import Settings, load_settings
 from bifusion_diag.diagnosis.phrase import join, say
 from bifusion_diag.diagnosis.quantity import NotMeasured
+from bifusion_diag.diagnosis.rules.weights_of_losses import (
+    SHARE_OF_BACKGROUND,
+    TOO_LITTLE,
+    TOO_MUCH,
+    background_of_weights,
+    balanced_weight,
+    differs,
+)
 from bifusion_diag.experiments.audit.bench import Bench
 from bifusion_diag.experiments.audit.gradient_flow import of_part
-from bifusion_diag.experiments.audit.result import Cell, Draft, Section
+from bifusion_diag.experiments.audit.result import Cell, Draft, Number, Section
 from bifusion_diag.model.losses.schedule import group_weights
 
 TRUNK = "encoder.backbone"
@@ -53,6 +61,8 @@ def balance(bench: Bench) -> Section:
         )
         for purpose, value in own.items():
             draft.number(f"share/{purpose}", say("gradient share of {purpose}", purpose=purpose), value)
+        if bench.settings.losses.instance.style != "unified" and bench.settings.losses.instance.weight:
+            _of_weights(draft, bench)
         return draft.done()
     settings = baseline_of(bench.settings)
     bench.say("measuring the 3D baseline on the same scenes")
@@ -155,7 +165,7 @@ def _parts(draft: Draft, own: Settings, baseline: Settings) -> None:
         worst = max(worst, (factor, title))
     draft.report(
         "loss-weights-vs-baseline",
-        "warning",
+        "note",  # as in a record: a difference is no fault by itself
         say(
             "Instance weights {mine} instead of the baseline's {theirs}",
             mine=_row(mine.parts),
@@ -215,29 +225,60 @@ def _background(draft: Draft, bench: Bench, reference: Bench) -> None:
             else "and in the baseline",
             NotMeasured("no object was matched") if value is None else value,
         )
-    if mine.style == "unified" or not mine.weight or mine.no_object_weight == theirs.no_object_weight:
+    if mine.style == "unified" or not mine.weight:
         return
     share, other = draft.numbers[-2:]
     weight = draft.number("no_object_weight", "weight of no object", mine.no_object_weight)
-    ratio = theirs.no_object_weight / mine.no_object_weight if mine.no_object_weight else math.inf
-    if max(ratio, 1 / ratio if ratio else math.inf) < bench.thresholds.background_ratio:
+    if differs(theirs.no_object_weight, mine.no_object_weight, bench.thresholds.weight_factor):
+        draft.report(
+            "loss-weights-vs-baseline",
+            "note",
+            say(
+                "Queries without an object weigh {mine:g}, in the baseline {theirs:g}",
+                mine=mine.no_object_weight,
+                theirs=theirs.no_object_weight,
+            ),
+            _MOST_MATCH_NOTHING,
+            weight,
+            share,
+            other,
+            term="instance_class",
+            remedy={NO_OBJECT: theirs.no_object_weight},
+        )
+    _of_weights(draft, bench, weight, share)
+
+
+def _of_weights(draft: Draft, bench: Bench, *evidence: Number) -> None:
+    """The background's share of the classification's weights, as the rule of records has it."""
+    matches = bench.step.output.loss.matches
+    if matches is None:
         return
+    queries = sum(map(len, bench.step.output.predictions.layers[-1].classes))
+    matched = sum(len(one.queries) for one in matches)
+    found = background_of_weights(bench.settings.losses.instance.no_object_weight, queries, matched)
+    if found is None:
+        return
+    noted = draft.number("background_of_weights", SHARE_OF_BACKGROUND, found)
+    low, high = bench.thresholds.background_low, bench.thresholds.background_high
+    if low <= found <= high:
+        return
+    balanced = balanced_weight(queries, matched)
     draft.report(
         "background-weight",
         "warning",
-        say(
-            "Queries without an object weigh {mine:g}, in the baseline {theirs:g}",
-            mine=mine.no_object_weight,
-            theirs=theirs.no_object_weight,
-        ),
-        "Most queries match nothing. What they weigh in the cross-entropy decides how readily the class head says "
-        "'object': lower, and false objects cost little.",
-        weight,
-        share,
-        other,
+        TOO_LITTLE if found < low else TOO_MUCH,
+        _MOST_MATCH_NOTHING,
+        noted,
+        *evidence,
         term="instance_class",
-        remedy={NO_OBJECT: theirs.no_object_weight},
+        remedy=None if balanced is None else {NO_OBJECT: balanced},
     )
+
+
+_MOST_MATCH_NOTHING = (
+    "Most queries match nothing. What they weigh in the cross-entropy decides how readily the class head says "
+    "'object': lower, and false objects cost little."
+)
 
 
 def background_share(bench: Bench) -> float | None:

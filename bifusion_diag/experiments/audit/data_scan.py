@@ -405,7 +405,7 @@ def _matches(draft: Draft, bench: Bench, facts: list[SceneFacts]) -> None:
     if sparse and nan:
         draft.report(
             "empty-match",
-            "error" if expected else "warning",
+            "error" if expected else "note",
             say(
                 "{count} of {all} scenes may match no query, and the loss is NaN then",
                 count=len(likely),

@@ -77,11 +77,7 @@ def declared_flow(bench: Bench) -> Section:
         "share of clip_align's gradient that arrives in the weights of the 2D side",
         both[0] / both[1] if both[1] else NotMeasured("clip_align reaches nothing of the 2D side"),
     )
-    if (
-        not active
-        or not both[1]
-        or abs(both[0] / both[1] - settings.gradient_flow) <= max(0.1 * settings.gradient_flow, 1e-3)
-    ):
+    if not active or not both[1] or abs(both[0] / both[1] - settings.gradient_flow) <= bench.thresholds.flow_error:
         return draft.done()
     written = settings.gradient_formula == "as_written"
     around = settings.target == "global" and not written

@@ -11,7 +11,6 @@ from bifusion_diag.diagnosis.phrase import join, say
 from bifusion_diag.experiments.audit.bench import Bench
 from bifusion_diag.experiments.audit.result import Cell, Draft, Number, Section
 
-NEAR_ZERO = 1e-4  # of the flight recorder: a vector is divided by less
 _EXPLODES = 1e6  # gain from which a gradient behind it would be no gradient any more
 NORMALIZE = "model.projection.normalize"
 
@@ -21,7 +20,7 @@ class _Gain(NamedTuple):
 
     rows: int
     zero: int  # rows that are exactly zero
-    near: int  # rows shorter than NEAR_ZERO, zero ones among them
+    near: int  # rows shorter than the threshold near_zero_norm, zero ones among them
     incoming: float  # largest gradient of such a row at the output
     outgoing: float  # and at the input
 
@@ -109,7 +108,7 @@ def _gains(bench: Bench) -> dict[str, _Gain]:
     found: dict[str, _Gain] = {}
     for place, (name, before, _) in enumerate(places):
         lengths = before.detach().norm(dim=1)
-        near = lengths < NEAR_ZERO
+        near = lengths < bench.thresholds.near_zero_norm
         gain = _Gain(
             rows=len(lengths),
             zero=int((lengths == 0).sum()),

@@ -148,10 +148,10 @@ def _gate_learns(measured: Measured) -> bool:
 
 def _coincide(draft: Draft, bench: Bench) -> None:
     """Several things change within a few steps: what follows cannot be put down to one of them."""
-    window = bench.thresholds.stage_steps
+    window = bench.thresholds.schedule_distance
     clusters: list[list[_Change]] = []
     for change in _changes(bench.phases):
-        if clusters and change.step - clusters[-1][0].step < window:
+        if clusters and change.step - clusters[-1][-1].step <= window:
             clusters[-1].append(change)
         else:
             clusters.append([change])

@@ -21,6 +21,7 @@ def temperature(bench: Bench) -> Section:
     """|dL/dcos| of −log(σ(cos/τ) + 1e-8) over all cosines that there can be."""
     draft = Draft("temperature", "Temperature")
     own = bench.settings.losses.clip_align.temperature
+    used = bench.fused and "clip_align" in bench.step.output.loss.terms
     rows: list[list[Cell]] = []
     for tau in dict.fromkeys((*_DOCUMENTED, own)):
         cosines, slopes = slope_of_cosine(tau)
@@ -47,8 +48,10 @@ def temperature(bench: Bench) -> Section:
             "",
             "without negatives there are none: the failure to expect is collapse",
         )
-    draft.table("|dL/dcos| of clip_align", ("τ", "largest", "at cos", "1/τ", "at −0.5", "at 1", "at −1"), rows)
-    if bench.fused and "clip_align" in bench.step.output.loss.terms and 1 / own > bench.thresholds.steepest:
+    draft.table(
+        "|dL/dcos| of clip_align", ("τ", "largest", "at cos", "1/τ", "at −0.5", "at 1", "at −1"), rows, shown=used
+    )
+    if used and 1 / own > bench.thresholds.temperature_gain:
         draft.report(
             "temperature-gain",
             "warning",

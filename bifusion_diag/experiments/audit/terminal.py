@@ -25,6 +25,7 @@ _TABLES = (  # (section, table), in this order
     ("temperature", 0),
 )
 _ROWS = 10
+_ROOMY = 8  # columns; more of them stand closer, so that no number is cut at 80 characters
 _NARROW = {"spatial_consistency": "spatial", "clip_align": "CLIP", "semantic": "sem", "instance": "inst"}
 _STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
 _TIGHT: dict[str, Any] = {"soft_wrap": True, "highlight": False}
@@ -56,7 +57,7 @@ def print_audit(console: Console, audit: Audit) -> None:
         console.print(Text(more, style="dim"), **_TIGHT)
     for name, place in _TABLES:
         tables = audit.section(name).tables
-        if place < len(tables):
+        if place < len(tables) and tables[place].shown:
             _print_table(console, tables[place])
     for section in audit.sections:
         if section.not_measured is not None:
@@ -98,14 +99,14 @@ def _yaml(values: Sequence[Any]) -> str:
 
 def _print_table(console: Console, table: Table) -> None:
     columns = _without_empty(table)
-    shown = RichTable(
-        title=tr(table.title), title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
-    )
+    gap = 2 if len(columns) <= _ROOMY else 1
+    shown = RichTable(box=None, pad_edge=False, padding=(0, gap, 0, 0))
     for place in columns:
         justify = "left" if all(isinstance(row[place], str | None) for row in table.rows) else "right"
         shown.add_column(Text(_short(tr(table.columns[place]))), justify=justify, no_wrap=True, overflow="ellipsis")  # type: ignore[arg-type]
     for row in table.rows[:_ROWS]:
         shown.add_row(*(Text(_cell(row[place])) for place in columns))
+    console.print(Text(tr(table.title), style="bold"), **_TIGHT)  # a table's own title is cut to the table's width
     console.print(shown)
 
 

@@ -167,9 +167,9 @@ def test_data_out_of_range_is_one_finding_a_kind(planted: Run) -> None:
     assert points <= 30
 
 
-def test_lost_poses_that_the_run_lets_through_are_a_warning_and_else_a_note(planted: Run) -> None:
+def test_lost_poses_that_the_run_lets_through_are_an_error_and_else_a_note(planted: Run) -> None:
     finding = found("projection-nonfinite", planted)
-    assert (finding.severity, finding.remedy) == ("warning", {"model.projection.sanitize": "strict"})
+    assert (finding.severity, finding.remedy) == ("error", {"model.projection.sanitize": "strict"})
 
 
 def test_a_background_that_weighs_nothing(planted: Run, baseline: Run) -> None:

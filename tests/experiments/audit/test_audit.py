@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 
@@ -12,11 +13,15 @@ import torch
 from rich.console import Console
 
 from bifusion_diag.diagnosis.rules.pages import SECTIONS, page_of, rule_ids
+from bifusion_diag.diagnosis.thresholds import Thresholds
 from bifusion_diag.experiments.audit import Audit, audit
+from bifusion_diag.experiments.audit.bench import Bench
+from bifusion_diag.experiments.audit.slopes import temperature
 from bifusion_diag.experiments.audit.terminal import print_audit
 from tests.experiments.audit.conftest import tiny
 
 ROOT = Path(__file__).resolve().parents[3]
+Make = Callable[..., Bench]
 OWN = (
     "few-points", "few-row-batchnorm", "frozen-in-optimiser", "frozen-with-gradient", "labels-missing",
     "not-in-optimiser", "pose-not-rigid", "stage-too-short", "step-fails", "trainable-without-gradient",
@@ -72,3 +77,19 @@ def test_a_page_has_all_sections(rule: str) -> None:
     page = page_of(rule)
     assert page.startswith(f"# {rule}\n")
     assert tuple(re.findall(r"^## (.*)$", page, re.MULTILINE)) == SECTIONS
+
+
+def test_no_number_and_no_title_is_cut_where_80_characters_are_shown(clean: Audit, fragile: Audit) -> None:
+    for found in (clean, fragile):
+        text = printed(found, width=80)
+        assert "…" not in text
+        assert "Gradient norm by part and term, unweighted\n" in text
+    assert "|dL/dcos| of clip_align" in printed(clean)
+    assert "|dL/dcos| of clip_align" not in printed(audit(tiny("baseline-5cm"), scenes=1))  # it has no such loss
+
+
+def test_one_bound_for_what_audit_and_record_both_look_for(bench: Make) -> None:
+    own = bench(losses__clip_align__temperature=0.02)
+    assert [one.rule for one in temperature(own).findings] == ["temperature-gain"]
+    own.thresholds = Thresholds(temperature_gain=100.0)
+    assert temperature(own).findings == ()

@@ -8,7 +8,7 @@ import pytest
 
 from bifusion_diag.diagnosis.quantity import number
 from bifusion_diag.experiments.audit import Audit
-from bifusion_diag.experiments.audit.balance import background_share
+from bifusion_diag.experiments.audit.balance import background_share, balance
 from bifusion_diag.experiments.audit.bench import Bench
 from bifusion_diag.experiments.audit.calendar import phases_of
 from bifusion_diag.experiments.audit.schedule import schedule
@@ -20,12 +20,32 @@ Make = Callable[..., Bench]
 
 
 def test_the_failing_states_weights_are_not_the_baselines(clean: Audit, fragile: Audit) -> None:
-    found = {one.rule: one for one in fragile.section("balance").findings}
-    assert found["loss-weights-vs-baseline"].remedy == {"losses.instance.parts": [0.5, 1.0, 1.0, 0.5, 0.5]}
-    assert found["background-weight"].remedy == {"losses.instance.no_object_weight": 0.1}
+    found = fragile.section("balance").findings
+    weights = [one for one in found if one.rule == "loss-weights-vs-baseline"]
+    assert [one.remedy for one in weights] == [
+        {"losses.instance.parts": [0.5, 1.0, 1.0, 0.5, 0.5]},
+        {"losses.instance.no_object_weight": 0.1},
+    ]
+    assert {one.severity for one in weights} == {"note"}  # as the rule of records has it
     assert not {one.rule for one in clean.section("balance").findings} & {"background-weight"}
     shares = [number(one.reading) or 0.0 for one in clean.section("balance").numbers if "/share/" in one.key]
     assert sum(shares) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_background_is_judged_by_the_bounds_of_the_rule(bench: Make) -> None:
+    """Its share of the weights, by the closed form; the weight that is proposed gives both the same."""
+    own = bench("baseline-5cm", losses__instance__no_object_weight=1e-3)
+    (found,) = [one for one in balance(own).findings if one.rule == "background-weight"]
+    matches, layers = own.step.output.loss.matches, own.step.output.predictions.layers
+    assert matches is not None
+    free, taken = sum(map(len, layers[-1].classes)), sum(len(one.queries) for one in matches)
+    free -= taken
+    share = number(found.evidence[0].reading)
+    assert share == pytest.approx(1e-3 * free / (1e-3 * free + taken))
+    assert share < own.thresholds.background_low
+    assert found.remedy is not None
+    assert found.remedy["losses.instance.no_object_weight"] == pytest.approx(taken / free, rel=0.05)
+    assert not [one for one in balance(bench("baseline-5cm")).findings if one.rule == "background-weight"]
 
 
 def test_no_object_weighs_what_it_weighs_in_the_gradient(bench: Make) -> None:

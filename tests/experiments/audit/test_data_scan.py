@@ -133,7 +133,7 @@ def test_an_empty_match_is_an_error_where_the_loss_becomes_nan(bench: Make) -> N
     bad = scan(bench(change=one_small_object, losses__instance__empty_match="nan"))["empty-match"]
     assert (bad.severity, bad.remedy) == ("error", {"losses.instance.empty_match": "zero"})
     assert scan(bench(change=one_small_object))["empty-match"].severity == "note"
-    assert scan(bench(losses__instance__empty_match="nan"))["empty-match"].severity == "warning"
+    assert scan(bench(losses__instance__empty_match="nan"))["empty-match"].severity == "note"
     assert "empty-match" not in scan(bench())
 
 
