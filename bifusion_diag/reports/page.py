@@ -297,6 +297,7 @@ def page_data(page: Page) -> dict[str, Any]:
         "reproduce": to_plain(page.reproduce),
         "plots": [
             {"name": plot.name, "title": plot.title, "caption": plot.caption, "alt": plot.alt, "rows": plot.rows,
+             "numbers": plot.numbers,
              "values": {label: {"steps": steps, "values": values} for label, (steps, values) in plot.values.items()}}
             for plot in page.plots
         ],

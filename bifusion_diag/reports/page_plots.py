@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from math import isfinite
+from typing import Any
 
 from bifusion_diag.diagnosis.names import loss_terms
 from bifusion_diag.diagnosis.quantity import NotMeasured
@@ -24,8 +26,20 @@ from bifusion_diag.reports.plots import (
     draw_updates,
 )
 from bifusion_diag.reports.plots.scene import draw_scene
+from bifusion_diag.reports.reduce import min_max, vertices
 from bifusion_diag.reports.scene import scene_panel
 from bifusion_diag.reports.svg import Plot
+
+#: What a kind of plot draws; of updates the table of modules has the numbers.
+RECORDED = {
+    "terms": "loss/",
+    "gradients": "loss_gradients/",
+    "clip": "clip/",
+    "projection": "projection/",
+    "alpha": "gate/",
+    "throughput": "throughput/",
+}
+RECORDED_VALUES = 400  # of a series in the JSON; the record has more
 
 Drawn = tuple[list[Plot], list[str]]  # plots, and a sentence for what no run has
 
@@ -101,11 +115,24 @@ def _drawn(traces: Sequence[Trace], *kinds: tuple[str, Callable[[Trace, str], Pl
     plots: list[Plot] = []
     gaps: list[str] = []
     for kind, draw, gap in kinds:
-        drawn = [draw(trace, f"{kind}{index}") for index, trace in enumerate(traces)]
+        drawn = [
+            None if plot is None else replace(plot, numbers=_recorded(trace, RECORDED.get(kind)))
+            for index, trace in enumerate(traces)
+            for plot in [draw(trace, f"{kind}{index}")]
+        ]
         plots += _first_open([plot for plot in drawn if plot is not None], _judged(traces, drawn))
         if not any(drawn):
             gaps.append(tr(gap))
     return plots, gaps
+
+
+def _recorded(trace: Trace, prefix: str | None) -> dict[str, Any]:
+    """The series of a plot with their extremes, at most so many values each; null: not finite."""
+    found = {}
+    for name in trace.run.names(prefix) if prefix else []:
+        x, y = min_max(*vertices(trace.run.all_series[name]), RECORDED_VALUES)
+        found[name] = {"steps": x.tolist(), "values": [value if isfinite(value) else None for value in y.tolist()]}
+    return found
 
 
 def _judged(traces: Sequence[Trace], drawn: Sequence[Plot | None]) -> Plot | None:

@@ -80,6 +80,7 @@ class Plot:
         ink: the picture in it is black ink on nothing, inverted by the dark theme.
         zoom: what redraws it over a part of its time, see :mod:`bifusion_diag.reports.zoom`; None: it stays as it is.
         rows: what sorts and searches the rows of a heat map; None where it has none.
+        numbers: what it draws, for the JSON beside the page alone.
         folded: it is closed at first: it repeats a plot of another run or quantity.
     """
 
@@ -93,6 +94,7 @@ class Plot:
     ink: bool = False
     zoom: dict[str, Any] | None = None
     rows: list[dict[str, Any]] | None = None
+    numbers: dict[str, Any] = field(default_factory=dict)
     folded: bool = False
 
 

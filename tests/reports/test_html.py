@@ -9,6 +9,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bifusion_diag.diagnosis import assess_run, compare_runs
@@ -230,3 +231,18 @@ def test_text_that_reorders_or_never_ends_does_neither(baseline: Run, candidate:
     for tag in ("h1", "h3", "summary", "a"):
         for title in re.findall(rf"<{tag}\b[^>]*>(.*?)</{tag}>", html, flags=re.DOTALL):
             assert len(title) < 3000
+
+
+def test_the_data_hold_what_the_plots_draw(tmp_path: Path, baseline: Run, candidate: Run) -> None:
+    comparison = compare_runs(baseline, candidate)
+    _, beside = write_comparison([comparison], baseline, [candidate], html=tmp_path / "page.html")
+    plots = {plot["name"]: plot for plot in json.loads(beside.read_text("utf-8"))["shown"]["plots"]}
+    drawn = plots["projection1"]["numbers"]["projection/valid_share"]
+    assert len(drawn["steps"]) <= 400
+    truth = candidate.all_series["projection/valid_share"]
+    assert min(drawn["values"]) == truth.value.min()
+    assert drawn["steps"][drawn["values"].index(min(drawn["values"]))] == truth.steps[truth.value.argmin()]
+    losses = plots["terms1"]["numbers"]["loss/instance/raw"]
+    assert max(value for value in losses["values"] if value is not None) == pytest.approx(
+        float(np.nanmax(candidate.all_series["loss/instance/raw"].value))
+    )

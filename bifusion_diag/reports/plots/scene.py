@@ -112,7 +112,7 @@ def draw_scene(panel: ScenePanel, name: str = "scene") -> Plot:
     inside = svg.index(">") + 1
     definitions = "".join(_definition(name, number, view) for number, view in enumerate(scene.views))
     svg = f"{svg[:inside]}<defs>{definitions}</defs>{''.join(photographs)}{svg[inside:]}"
-    return Plot(name, tr("α on a scene, {run}", run=panel.label), _caption(panel), alt, svg)
+    return Plot(name, tr("α on a scene, {run}", run=panel.label), _caption(panel), alt, svg, numbers=panel.to_dict())
 
 
 def _lighter(address: re.Match[str]) -> str:
