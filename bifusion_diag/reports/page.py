@@ -101,11 +101,17 @@ class Page:
 
     @property
     def opened(self) -> str:
-        """Id of the incident that is open at first: that of the first finding, else the first."""
-        told = [shown.incident for run in self.judged for shown in run.findings[:1]]
-        return next(filter(None, told), "") or next(
-            (one.anchor for group in self.incidents for one in group.articles), ""
-        )
+        """Id of the incident that is open at first: that of the finding whose remedy the verdict gives, else of the first
+        finding that has one, else the first."""
+        told = [
+            (not run.verdict.remedy or shown.finding.remedy != run.verdict.remedy, shown.incident)
+            for run in self.judged
+            for shown in run.findings
+            if shown.incident
+        ]
+        if told:
+            return min(told, key=lambda one: one[0])[1]
+        return next((one.anchor for group in self.incidents for one in group.articles), "")
 
     @property
     def plots(self) -> list[Plot]:

@@ -246,3 +246,13 @@ def test_the_data_hold_what_the_plots_draw(tmp_path: Path, baseline: Run, candid
     assert max(value for value in losses["values"] if value is not None) == pytest.approx(
         float(np.nanmax(candidate.all_series["loss/instance/raw"].value))
     )
+
+
+def test_the_incident_of_the_verdict_s_remedy_is_open(baseline: Run, candidate: Run) -> None:
+    shown = comparison_page([compare_runs(baseline, candidate)], baseline, [candidate])
+    (run,) = shown.judged
+    other, one = (dataclasses.replace(run.findings[0], incident=name) for name in ("incident-1-2", "incident-1-31"))
+    one = dataclasses.replace(one, finding=dataclasses.replace(one.finding, remedy={"a.key": "x"}))
+    verdict = dataclasses.replace(run.verdict, remedy={"a.key": "x"})
+    run = dataclasses.replace(run, findings=[other, one], verdict=verdict)
+    assert dataclasses.replace(shown, judged=[run]).opened == "incident-1-31"
