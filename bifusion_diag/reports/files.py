@@ -54,7 +54,7 @@ def write_comparison(
 
         return comparison_page(comparisons, baseline, candidates, sources=_texts(sources), budget=budget)
 
-    return _write(html, json, _data("comparison", {"comparisons": to_plain(comparisons)}), build, language)
+    return _write(html, json, _data("comparison", {"comparisons": to_plain(comparisons)}), build, language, sources)
 
 
 def write_run(
@@ -73,7 +73,7 @@ def write_run(
 
         return run_page(assessment, run, source=str(source), budget=budget)
 
-    return _write(html, json, _data("assessment", to_plain(assessment)), build, language)
+    return _write(html, json, _data("assessment", to_plain(assessment)), build, language, [source] if source else [])
 
 
 def write_groups(
@@ -103,7 +103,7 @@ def write_groups(
 
         return groups_page(group, baselines, candidates, sources=_texts(sources), budget=budget)
 
-    return _write(html, json, _data("group comparison", {"groups": to_plain(group)}), build, language)
+    return _write(html, json, _data("group comparison", {"groups": to_plain(group)}), build, language, sources)
 
 
 def _texts(paths: Sequence[Path | str]) -> list[str]:
@@ -120,7 +120,12 @@ def _write(
     data: Mapping[str, Any],
     build: Callable[[Budget], Page],
     language: str,
+    sources: Sequence[Path | str],
 ) -> list[Path]:
+    read = {Path(source).resolve() for source in sources}
+    for target in (html, data_path, None if html is None else f"{html}.json"):
+        if target is not None and Path(target).resolve() in read:
+            raise UserError(f"{target}: that is one of the records that were read. Choose another output path.")
     if html is not None:
         page = Path(html)
         if page.is_dir():

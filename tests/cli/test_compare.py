@@ -228,3 +228,14 @@ def test_two_imported_runs_say_what_such_logs_cannot_tell(
     assert "The candidate's log has a row every 50 steps: nothing is known of the other 40." in text
     text = command("compare", runs["calm0"], bad)[1]
     assert "Suspect" not in text  # neither record knows the other's names of settings
+
+
+@pytest.mark.parametrize("option", ["--json", "--html"])
+def test_a_record_is_not_written_over(command: Command, runs: dict[str, Path], option: str) -> None:
+    before = runs["bad0"].read_bytes()
+    for paths in ((runs["calm0"], runs["bad0"]), runs.values()):
+        code, text = command("compare", *paths, option, runs["bad0"])
+        assert (code, "that is one of the records" in text) == (2, True), text
+    code, text = command("report", runs["bad0"], "--html", runs["bad0"])
+    assert (code, "that is one of the records" in text) == (2, True), text
+    assert runs["bad0"].read_bytes() == before
