@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{number:2d} {found.run}: {found.state}; {counts}; {found.seconds:.0f} s")
             for severity, rule, title in found.findings:
                 print(f"     {severity:8s} {rule:30s} {title}", flush=True)
-    rules = Counter((severity, rule) for found in results for severity, rule, _ in found.findings)
+    rules = Counter(one for found in results for one in {(severity, rule) for severity, rule, _ in found.findings})
     print()
     for (severity, rule), count in sorted(rules.items(), key=lambda item: (SEVERITIES.index(item[0][0]), -item[1])):
         print(f"{severity:8s} {rule:30s} in {count} of {len(results)} runs")

@@ -98,9 +98,9 @@ class Context:
 
     @cached_property
     def origins(self) -> list[Origin]:
-        """The bad steps that no incident explains."""
-        explained = {incident.step for incident in self.incidents if incident.explained}
-        return [origin for origin in self.measures.origins if origin.step not in explained]
+        """The bad steps that no incident explains or finds the place of."""
+        located = {incident.step for incident in self.incidents if incident.located}
+        return [origin for origin in self.measures.origins if origin.step not in located]
 
     def reading(self, key: str) -> Reading:
         """A measure, "was not recorded" where there is none."""

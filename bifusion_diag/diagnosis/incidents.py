@@ -108,6 +108,11 @@ class RecordedIncident:
         return self.mechanism != UNKNOWN
 
     @property
+    def located(self) -> bool:
+        """Whether the mechanism is known, or at least the module, which running the step again has found."""
+        return self.explained or self.module is not None
+
+    @property
     def heading(self) -> str:
         """The title and where it began."""
         if self.module is not None and self.module != _ROOT:

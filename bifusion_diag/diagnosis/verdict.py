@@ -264,7 +264,7 @@ def _where(measures: Measures, incidents: Sequence[RecordedIncident]) -> tuple[s
     """Where most of the bad steps start, in a sentence, "" where unknown; and the first incident among these."""
     starts = {origin.step: _Start(origin.place, origin.scenes) for origin in measures.origins}
     for one in incidents:  # a place that was found by running the step again wins over a guess
-        if one.explained and one.step in measures.bad:
+        if one.located and one.step in measures.bad:
             starts[one.step] = _Start(one.place, tuple(sample.label for sample in one.samples), one)
     counts = Counter(starts[step].key for step in sorted(starts) if starts[step].place is not None)
     if not counts:
@@ -273,7 +273,7 @@ def _where(measures: Measures, incidents: Sequence[RecordedIncident]) -> tuple[s
     alike = {step: start for step, start in sorted(starts.items()) if start.place is not None and start.key == key}
     first = next(iter(alike.values()))
     where = first.place or ""
-    if first.incident is not None:
+    if first.incident is not None and first.incident.explained:
         where = say("{place} ({mechanism})", place=where, mechanism=_inside_a_sentence(first.incident.title))
     named = next(((step, start.scenes) for step, start in alike.items() if start.scenes), None)
     scenes = ", ".join(named[1]) if named else ""

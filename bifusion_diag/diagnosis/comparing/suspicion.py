@@ -296,7 +296,7 @@ def _matches(pattern: str, key: str) -> bool:
 def _starts_most(origins: Sequence[Origin], incidents: Sequence[RecordedIncident]) -> tuple[str, int] | None:
     """The module or loss term in which most bad steps start, and how many do."""
     places = {origin.step: origin.terms[0] if origin.terms else origin.module for origin in origins}
-    places |= {one.step: one.module or (one.terms[0] if one.terms else None) for one in incidents if one.explained}
+    places |= {one.step: one.module or (one.terms[0] if one.terms else None) for one in incidents if one.located}
     counts = Counter(place for _, place in sorted(places.items()) if place)
     return counts.most_common(1)[0] if counts else None
 

@@ -37,7 +37,7 @@ def incident_findings(context: Context) -> list[Finding] | NotMeasured:
     """One finding a mechanism and place; of incidents without a known mechanism, one a kind and place."""
     groups: dict[Hashable, list[RecordedIncident]] = {}
     for incident in context.incidents:
-        if incident.explained or incident.family not in _OTHER_RULES:
+        if incident.located or incident.family not in _OTHER_RULES:
             key = (incident.mechanism, incident.title, incident.module, incident.terms[:1])
             groups.setdefault(key, []).append(incident)
     if not groups and not context.watched:

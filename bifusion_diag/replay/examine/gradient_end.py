@@ -200,11 +200,13 @@ def _zero(trace: BackwardTrace, parameters: Sequence[str]) -> Cause | None:
         for following, norm in zip(node.next, node.outgoing, strict=False):
             if following >= 0:
                 arrives[following] = arrives.get(following, 0.0) + (norm or 0.0)
-    leads = _leading(trace.nodes, set(parameters))
-    for index in sorted(leads):
+    leads = sorted(_leading(trace.nodes, set(parameters)))
+    for index in leads:  # what someone does to a gradient goes before what is zero by itself, as of a sum over nothing
         node = trace.nodes[index]
         if arrives.get(index, 0.0) != 0 and node.incoming == 0:
             return _hook(node)
+    for index in leads:
+        node = trace.nodes[index]
         passed = any(norm for following, norm in zip(node.next, node.outgoing, strict=False) if following in leads)
         if node.incoming and not passed and node.parameter is None:
             return node.cause

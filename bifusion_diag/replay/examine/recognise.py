@@ -8,6 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch.nn.modules.loss import _Loss
+
+from bifusion_diag.replay.examine.calls import named_modules
 from bifusion_diag.replay.examine.choose import Choice, changed_outside, outlier
 from bifusion_diag.replay.examine.facts import FEW_ROWS, GRAPH, SPIKES, UPDATE, Facts, few_row_norm, unusual, value_of
 from bifusion_diag.replay.examine.mechanisms import MECHANISMS, UNKNOWN
@@ -413,9 +416,34 @@ def _jumped(facts: Facts, choice: Choice) -> Verdict | None:
     what = "output" if cause.direction == "forward" else "gradient"
     source = f" ({cause.source})" if cause.source else ""
     text = f"the {what} of {op}{cause.module or 'the loss'}{source} is {jump.value:.4g}, {jump.before:.4g} otherwise"
+    if len(choice.terms) == 1 and not _is_custom(cause.op) and _is_a_loss(facts, cause.module):
+        return _verdict(
+            "loss-term-jump", f"of term {choice.terms[0]}, {text}", {"term": choice.terms[0]} | _jump(choice)
+        )
     if cause.direction == "forward":
         return _verdict("module-output-jump", text, _jump(choice))
     return _verdict("custom-function" if _is_custom(cause.op) else "gradient-scaled", text, _jump(choice))
+
+
+def _is_a_loss(facts: Facts, module: str | None) -> bool:
+    """Whether a place is in the losses: outside of modules, or in one that is called so."""
+    if module is None:
+        return True
+    found = dict(named_modules(facts.training.model)).get(module)
+    kind = type(found).__name__.lower()
+    return isinstance(found, _Loss) or "loss" in kind or "criterion" in kind
+
+
+def _turned(facts: Facts, choice: Choice) -> Verdict | None:
+    """A term that was always of one sign has the other one."""
+    if facts.kind not in SPIKES or not choice.terms:
+        return None
+    term = choice.terms[0]
+    now, usual = facts.vitals.terms.get(term), facts.history.get("terms", {}).get(term)
+    if now is None or usual is None or not (now * usual < 0 and abs(now) > abs(usual) / 4):
+        return None
+    text = f"term {term} is {now:.4g}, usual is {usual:.4g}: its sign has turned"
+    return _verdict("loss-term-jump", text, {"term": term, "value": now, "usual": usual} | _jump(choice))
 
 
 def _is_of_some_terms(facts: Facts, choice: Choice) -> bool:
@@ -456,6 +484,7 @@ RECOGNISERS: tuple[Recogniser, ...] = (
     _tiny_norm,
     _small_divisor,
     _hooked,
+    _turned,
     _data,
     _jumped,
 )

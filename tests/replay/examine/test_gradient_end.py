@@ -216,6 +216,20 @@ def test_a_reentrant_checkpoint_whose_inputs_need_no_gradient() -> None:
     assert found.source.endswith("# the checkpoint")
 
 
+def test_a_hook_goes_before_a_sum_over_nothing() -> None:
+    class Both(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.encoder(x)
+            nothing = hidden[:0].sum()  # a loss over no element, as of a batch without such points
+            hidden.register_hook(lambda g: g * 0)
+            return self.head(hidden + self.beside(x)) + nothing
+
+    found = where_gradient_ends(*_training(Both(lambda x: x)), "encoder.0")
+    assert found is not None
+    assert found.direction == "backward"
+    assert "hook" in (found.op or "")
+
+
 def test_hooks_on_a_parameter() -> None:
     model = Net(torch.tanh)
     for parameter in model.head.parameters():

@@ -436,6 +436,51 @@ def test_a_loss_term_that_jumps() -> None:
     assert (incident.cause.module, incident.cause.direction) == (None, "loss")
 
 
+def test_a_loss_term_whose_sign_turns() -> None:
+    def edit(loop: Loop) -> None:
+        loop.extra = lambda terms: terms | {"value": -terms["value"] - 5}
+
+    def steady(loop: Loop) -> Loop:
+        loop.extra = lambda terms: terms | {"value": terms["value"] + 5}
+        return loop
+
+    every = steady(Loop()).run(edit, after=6)
+    found = [i for i in every if i.mechanism == "loss-term-jump"]
+    assert found, [(i.kind, i.mechanism, i.message) for i in every]
+    assert found[0].terms == ("value",)
+    assert "its sign has turned" in found[0].explanation
+
+
+class _Criterion(nn.Module):
+    """A criterion whose gradient can be made steep while its value stays small."""
+
+    steep = 1.0
+
+    def forward(self, y: Tensor, target: Tensor) -> Tensor:
+        difference = (y - target) * self.steep
+        return (difference.square() + 1).sqrt().mean() / self.steep**0.5
+
+
+def test_a_loss_that_becomes_steep_is_a_term_that_jumps() -> None:
+    class Steep(Loop):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model.criterion = _Criterion()
+
+        def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+            logits, y = self.model(batch["x"])
+            value: Tensor = self.model.criterion(y, batch["y"])  # type: ignore[operator]
+            return {"class": F.cross_entropy(logits, batch["label"]), "value": value}
+
+    def edit(loop: Loop) -> None:
+        loop.model.criterion.steep = 1e6  # type: ignore[union-attr, assignment]
+
+    found = Steep().run(edit)
+    assert found
+    assert found[0].mechanism == "loss-term-jump", found[0].explanation
+    assert found[0].terms == ("value",)
+
+
 class _WithLosses(Net):
     """A model that computes its losses in its own forward, as many do."""
 
