@@ -101,8 +101,8 @@ class Page:
 
     @property
     def opened(self) -> str:
-        """Id of the incident that is open at first: that of the finding whose remedy the verdict gives, else of the first
-        finding that has one, else the first."""
+        """Id of the incident that is open at first: that of the finding whose remedy the verdict gives, else of the
+        first finding that has one, else the first."""
         told = [
             (not run.verdict.remedy or shown.finding.remedy != run.verdict.remedy, shown.incident)
             for run in self.judged
