@@ -101,7 +101,7 @@ def alignment_collapse(context: Context) -> list[Finding] | NotMeasured:
     """Under an alignment loss, the features of all points have become one."""
     run, limit = context.run, context.thresholds.alike_features
     if run.series("loss/clip_align/raw") is None:
-        return NotMeasured("the run has no alignment loss (clip_align)")
+        return NotMeasured(say("{series} was not recorded", series="loss/clip_align/raw"))
     ends = {side: (early(run.series(name)), late(run.series(name))) for side, name in SIDES.items()}
     known = {side: (begin, end) for side, (begin, end) in ends.items() if begin is not None and end is not None}
     evaluated = _uniformity(run)

@@ -16,6 +16,8 @@ from bifusion_diag.record.schema import Run, Series
 
 FEWEST = 5  # measured steps from which on "always" is said: five of one sign by chance are 3 %
 CHANCE = 0.05
+#: Schedule of the weights → terms whose own weight counts only where it is 0.
+_REPLACED = {"staged": ("semantic", "instance", "clip_align"), "progressive_clip": ("clip_align",)}
 
 
 def dominant_term(context: Context) -> list[Finding] | NotMeasured:
@@ -124,8 +126,11 @@ def _beside(context: Context, term: str, gradients: Mapping[str, Series], share:
 
 
 def _lighter(context: Context, term: str, share: float) -> dict[str, Any] | None:
-    """The term's weight with which it would be half of the gradient; None where the settings have none."""
+    """The term's weight with which it would be half of the gradient; None where the settings have none, or a schedule
+    replaces it."""
     key = f"losses.{term}.weight"
+    if term in _REPLACED.get(str(context.settings.get("losses.schedule")), ()):
+        return None
     try:
         weight = float(context.settings[key])
     except (KeyError, ValueError):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Mapping
+from shlex import quote
 from typing import Any
 
 from rich.console import Console
@@ -88,13 +90,9 @@ def _print_finding(console: Console, finding: Finding) -> None:
 def patch(remedy: Mapping[str, Any]) -> str:
     """A remedy as options of `bifusion-diag train`; what the shell would take apart is quoted."""
     return " ".join(
-        f"--set '{key}={_yaml(value)}'" if isinstance(value, list) else f"--set {key}={value}"
+        "--set " + quote(f"{key}={json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value}")
         for key, value in remedy.items()
     )
-
-
-def _yaml(values: Sequence[Any]) -> str:
-    return "[" + ", ".join(str(value) for value in values) + "]"
 
 
 def _print_table(console: Console, table: Table) -> None:

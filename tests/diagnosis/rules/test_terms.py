@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from rule_runs import CLASSES, FEATURES, classifier, cross_entropy, found, look, train
 from torch import Tensor, nn
 
+from bifusion_diag.config import load_settings
 from bifusion_diag.diagnosis import NotMeasured
+from bifusion_diag.model.losses.schedule import group_weights
 from bifusion_diag.record.schema import Run
 
 
@@ -79,3 +83,27 @@ def test_a_term_of_another_part_of_the_model_is_not_drowned() -> None:
     finding = found("dominant-term", train(trunk(), 120, losses=losses, terms=10, probes=("losses",)))  # type: ignore[arg-type]
     assert (finding.term, finding.severity) == ("policy", "note")
     assert "hardly trained" not in finding.mechanism
+
+
+def test_a_weight_that_a_schedule_replaces_is_no_remedy() -> None:
+    """It is as the schedule of this program has it: under it the weight of the settings changes nothing."""
+    settings: dict[str, Any] = load_settings("bifusion").model_dump(mode="json")
+    own = load_settings("bifusion").losses
+    other = own.model_copy(update={"clip_align": own.clip_align.model_copy(update={"weight": 0.001})})
+    assert group_weights(own, 5, 10)["clip_align"] == group_weights(other, 5, 10)["clip_align"]
+
+    def losses(model: nn.Module, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        found = heads(100.0, constant=50.0)(model, x, labels)  # type: ignore[operator]
+        return {"clip_align": found["one"], "other": found["other"]}
+
+    run = train(trunk(), 120, losses=losses, terms=10, probes=("losses",), settings=settings)  # type: ignore[arg-type]
+    assert found("dominant-term", run).remedy is None
+    run.settings["losses"]["schedule"] = "constant"
+    assert found("dominant-term", run).remedy is not None
+
+
+def test_a_record_without_settings_is_not_said_to_have_no_alignment_loss(healthy: Run) -> None:
+    """An imported log may just not list it: what is not in the record is not recorded, no more."""
+    gap = look("alignment-collapse", healthy)
+    assert isinstance(gap, NotMeasured)
+    assert gap.reason == "loss/clip_align/raw was not recorded"

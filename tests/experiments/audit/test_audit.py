@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -12,12 +13,13 @@ import pytest
 import torch
 from rich.console import Console
 
+from bifusion_diag.config import load_settings
 from bifusion_diag.diagnosis.rules.pages import SECTIONS, page_of, rule_ids
 from bifusion_diag.diagnosis.thresholds import Thresholds
 from bifusion_diag.experiments.audit import Audit, audit
 from bifusion_diag.experiments.audit.bench import Bench
 from bifusion_diag.experiments.audit.slopes import temperature
-from bifusion_diag.experiments.audit.terminal import print_audit
+from bifusion_diag.experiments.audit.terminal import patch, print_audit
 from tests.experiments.audit.conftest import tiny
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -93,3 +95,11 @@ def test_one_bound_for_what_audit_and_record_both_look_for(bench: Make) -> None:
     assert [one.rule for one in temperature(own).findings] == ["temperature-gain"]
     own.thresholds = Thresholds(temperature_gain=100.0)
     assert temperature(own).findings == ()
+
+
+def test_a_remedy_can_be_pasted_whatever_scenes_are_called() -> None:
+    names = ["room 1", "it's, a [room]: #2"]
+    words = shlex.split(patch({"data.exclude": names, "optim.lr": 1e-05}))
+    assert words[::2] == ["--set", "--set"]
+    settings = load_settings("bifusion", overrides=words[1::2])
+    assert (list(settings.data.exclude), settings.optim.lr) == (names, 1e-05)
