@@ -22,16 +22,19 @@ LOSS_FACTOR = 1.5  # a loss above so many times its median of the steps before h
 
 
 def nonfinite_loss(context: Context) -> list[Finding] | NotMeasured:
-    """A loss term is NaN or infinite: one finding a term."""
+    """A loss term is NaN or infinite: one finding a term, and one of the total where no recorded term is."""
     if context.run.series(TOTAL) is None:
         return NotMeasured(say("{series} was not recorded", series=TOTAL))
     if (untraced := _untraced(context)) is not None:
         return untraced
     findings = []
-    for term in dict.fromkeys(term for origin in context.origins for term in origin.terms):
-        steps = [origin for origin in context.origins if term in origin.terms]
+    by_term: dict[str | None, list[Origin]] = {}
+    for origin in context.origins:
+        for name in origin.terms or ((None,) if _of_total(context, origin) else ()):
+            by_term.setdefault(name, []).append(origin)
+    for term, steps in by_term.items():
         remedy = None
-        if context.settings.get("losses.instance.empty_match") == "nan" and term.startswith("inst"):
+        if context.settings.get("losses.instance.empty_match") == "nan" and (term or "").startswith("inst"):
             remedy = {"losses.instance.empty_match": "zero"}
         elif context.settings.get(SANITIZE) in LETS_THROUGH and _mostly_badly_projected(context, steps):
             remedy = {SANITIZE: "strict"}
@@ -56,9 +59,11 @@ def nonfinite_loss(context: Context) -> list[Finding] | NotMeasured:
             Finding(
                 "nonfinite-loss",
                 "error",
-                say("Loss term {term} is non-finite", term=term),
+                say("Loss term {term} is non-finite", term=term)
+                if term is not None
+                else "The total loss is non-finite, and none of its recorded terms",
                 (
-                    *_steps_evidence(context, steps, f"loss/{term}/raw"),
+                    *_steps_evidence(context, steps, TOTAL if term is None else f"loss/{term}/raw"),
                     Evidence("of these with a finite gradient norm", with_finite, NORM),
                 ),
                 join([mechanism, smoothed_note(context.run) or ""]),
@@ -79,7 +84,11 @@ def nonfinite_gradient(context: Context) -> list[Finding] | NotMeasured:
         return NotMeasured(say("{series} was not recorded", series=NORM))
     if (untraced := _untraced(context)) is not None:
         return untraced
-    started = [origin for origin in context.origins if origin.kind == "non-finite" and not origin.terms]
+    started = [
+        origin
+        for origin in context.origins
+        if origin.kind == "non-finite" and not origin.terms and not _of_total(context, origin)
+    ]
     findings = []
     for module in dict.fromkeys(origin.module for origin in started):
         steps = [origin for origin in started if origin.module == module]
@@ -192,6 +201,11 @@ def _largest_jump(context: Context, steps: Sequence[int]) -> _Jump | None:
     began = float(np.median(first[np.isfinite(first)])) if np.isfinite(first).any() else 0.0
     as_large = is_whole(context.run) and place >= MIN_PREVIOUS and began >= largest
     return _Jump(largest, float(np.median(before[np.isfinite(before)])), as_large)
+
+
+def _of_total(context: Context, origin: Origin) -> bool:
+    """Whether the total loss of a bad step is non-finite and no term that was recorded is, such as of a log without."""
+    return origin.kind == "non-finite" and not origin.terms and _is_finite(context, TOTAL, origin.step) is False
 
 
 def _is_finite(context: Context, name: str, step: int) -> bool | None:

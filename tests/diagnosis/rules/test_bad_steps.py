@@ -6,9 +6,11 @@ import dataclasses
 import itertools
 import math
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from rule_runs import CLASSES, FEATURES, batch_of, classifier, cross_entropy, found, look, train
@@ -271,3 +273,16 @@ def test_coordinates_of_another_unit_are_a_note_and_an_outlier_a_warning(field: 
     once = found("data-range", run_of(lambda step: values if step == 9 else 5))
     assert (always.severity, once.severity) == ("note", "warning")
     assert "may be no metres" in always.mechanism
+
+
+def test_a_total_loss_that_is_nan_in_a_log_without_terms_is_no_gradient(make_run: Callable[..., Run]) -> None:
+    """As Transformers and many CSV exports log it: the gradient norm of that row is finite."""
+    loss, norm = np.ones(100), np.random.default_rng(0).lognormal(0, 0.1, 100)
+    loss[40] = np.nan
+    (found,) = [
+        one
+        for one in assess_run(make_run({"loss/total": loss, "train/grad_norm": norm})).findings
+        if one.rule in ("nonfinite-loss", "nonfinite-gradient")
+    ]
+    assert (found.rule, found.term, found.evidence[0].series) == ("nonfinite-loss", None, "loss/total")
+    assert found.title == "The total loss is non-finite, and none of its recorded terms"
