@@ -117,6 +117,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", type=Path, help="also write the numbers there")
     options = parser.parse_args(arguments)
     found: dict[str, Any] = {"steps": options.steps, "series": options.series, "cores": os.cpu_count()}
+    if options.folder is not None:
+        options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         paths = [Path(folder) / f"{name}.json" for name in ("baseline", "candidate")]
         bad = np.unique(np.random.default_rng(5).integers(100, options.steps, max(4, options.steps // 20_000)))

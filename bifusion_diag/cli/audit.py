@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.status import Status
 
-from bifusion_diag.cli.options import Language, ThresholdOptions, ThresholdsFile
+from bifusion_diag.cli.options import ThresholdOptions, ThresholdsFile
 from bifusion_diag.errors import UserError
 
 
@@ -34,7 +34,6 @@ def audit(
     threshold: ThresholdOptions = None,
     thresholds: ThresholdsFile = None,
     json: Annotated[Path | None, typer.Option(help="Write everything that was measured as JSON.")] = None,
-    lang: Language = "en",
 ) -> None:
     """Measure a run before it is trained: gradients, extremes, weights, schedule, optimiser and data.
 
@@ -44,7 +43,6 @@ def audit(
     """
     from bifusion_diag.config import load_settings
     from bifusion_diag.diagnosis.thresholds import read_thresholds
-    from bifusion_diag.reports.language import speaking
 
     shorthands: dict[str, Any] = {
         "data.source": data,
@@ -58,21 +56,20 @@ def audit(
     bounds = read_thresholds(thresholds, threshold or ())
     if json is not None:
         _check_file(json)
-    with speaking(lang):
-        from bifusion_diag.experiments.audit import audit as measure
-        from bifusion_diag.experiments.audit.terminal import print_audit
+    from bifusion_diag.experiments.audit import audit as measure
+    from bifusion_diag.experiments.audit.terminal import print_audit
 
-        told = Console(stderr=True)
-        with told.status("", spinner_style="dim") as status:
-            found = measure(
-                settings,
-                thresholds=bounds,
-                scenes=scan,
-                seconds=scan_seconds,
-                say=lambda what: _tell(told, status, what),
-            )
-        console = Console()
-        print_audit(console, found)
+    told = Console(stderr=True)
+    with told.status("", spinner_style="dim") as status:
+        found = measure(
+            settings,
+            thresholds=bounds,
+            scenes=scan,
+            seconds=scan_seconds,
+            say=lambda what: _tell(told, status, what),
+        )
+    console = Console()
+    print_audit(console, found)
     if json is not None:
         from bifusion_diag.cli.output import print_written
         from bifusion_diag.files import write_text

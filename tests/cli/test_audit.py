@@ -39,7 +39,6 @@ def test_lost_poses_that_are_replaced_end_with_1(command: Command) -> None:
         (["--model", "bifusio"], "bifusion"),
         (["--data", "nowhere"], "no such folder"),
         (["--threshold", "few_row=3"], "few_rows"),
-        (["--lang", "xx"], "--lang"),
         (["--json", "."], "is a folder"),
         (["--config", "none.yaml"], "none.yaml"),
     ],

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
-from bifusion_diag.diagnosis.findings import Context, Evidence, Finding
+from bifusion_diag.diagnosis.findings import Context, Evidence, Finding, Severity
 from bifusion_diag.diagnosis.phrase import join, say
 from bifusion_diag.diagnosis.quantity import NotMeasured, Quantity, Reading
 from bifusion_diag.diagnosis.rules.declared import declared, usual
@@ -58,7 +59,7 @@ def projection_nonfinite(context: Context) -> list[Finding] | NotMeasured:
     return [
         Finding(
             "projection-nonfinite",
-            "note" if way == "strict" else "error" if way in LETS_THROUGH else "warning",
+            _severity(context, way, bad),
             "Points are projected to NaN or infinity",
             (
                 Evidence("steps", count, "projection/inf"),
@@ -71,6 +72,14 @@ def projection_nonfinite(context: Context) -> list[Finding] | NotMeasured:
             remedy={SANITIZE: "strict"} if way in LETS_THROUGH else None,
         )
     ]
+
+
+def _severity(context: Context, way: str, steps: NDArray[np.int64]) -> Severity:
+    """What is let through is an error where a step is bad with it, and no incident says what else it is bad of."""
+    if way == "strict":
+        return "note"
+    unexplained = [origin.step for origin in context.origins]
+    return "error" if way in LETS_THROUGH and np.isin(unexplained, steps).any() else "warning"
 
 
 def low_valid_share(context: Context) -> list[Finding] | NotMeasured:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from bifusion_diag.diagnosis.rules.pages import SECTIONS, page_of
 from bifusion_diag.diagnosis.rules.schedule import planned_changes
 from bifusion_diag.diagnosis.rules.weights_of_losses import PART_NAMES, loss_weights_vs_baseline
 from bifusion_diag.model.losses.instance import INSTANCE_TERMS
-from bifusion_diag.record.schema import Run
+from bifusion_diag.record.schema import Run, Series
 
 FUSION = (
     "alignment-collapse",
@@ -167,9 +168,16 @@ def test_data_out_of_range_is_one_finding_a_kind(planted: Run) -> None:
     assert points <= 30
 
 
-def test_lost_poses_that_the_run_lets_through_are_an_error_and_else_a_note(planted: Run) -> None:
+def test_lost_poses_that_the_run_lets_through_are_an_error_where_a_step_is_bad_with_them(planted: Run) -> None:
+    remedy = {"model.projection.sanitize": "strict"}
     finding = found("projection-nonfinite", planted)
-    assert (finding.severity, finding.remedy) == ("error", {"model.projection.sanitize": "strict"})
+    assert (finding.severity, finding.remedy) == ("warning", remedy)
+    assert finding.steps is not None
+    loss = planted.all_series["loss/total"]
+    values = np.where(loss.steps == finding.steps[0], np.nan, loss.value)
+    broken = {**planted.all_series, "loss/total": Series.from_values("loss/total", loss.steps, values)}
+    finding = found("projection-nonfinite", dataclasses.replace(planted, all_series=broken, events=[]))
+    assert (finding.severity, finding.remedy) == ("error", remedy)
 
 
 def test_a_background_that_weighs_nothing(planted: Run, baseline: Run) -> None:
