@@ -19,8 +19,8 @@ FINDINGS = 5  # that are told when a run ends
 
 #: The catalogue's, to which a test holds them: the catalogue itself would load PyTorch for --help.
 PROBES = (
-    "grads", "activations", "weights", "updates", "losses", "loss_gradients", "clip", "projection", "gate", "normalize",
-    "attention", "matching", "data", "throughput",
+    "grads", "activations", "weights", "updates", "losses", "loss_gradients", "clip", "flow", "projection", "gate",
+    "normalize", "attention", "matching", "data", "throughput",
 )  # fmt: skip
 
 

@@ -94,8 +94,10 @@ def load_measured(path: Path | str) -> Run:
 
 def _ended_run(folder: Path) -> Run | None:
     """The run of a .record folder as its run.json tells of it, None where there is none of this run."""
+    if folder.suffix != ".record" or not folder.is_dir():
+        return None
     document = folder.with_name(f"{folder.stem}.json")
-    if folder.suffix != ".record" or not folder.is_dir() or not document.is_file():
+    if not document.is_file():
         return None
     try:
         state, run = read_state(folder), load_run(document)
