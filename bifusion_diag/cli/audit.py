@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.status import Status
 
 from bifusion_diag.cli.options import ThresholdOptions, ThresholdsFile
+from bifusion_diag.cli.output import print_written
 from bifusion_diag.errors import UserError
 
 
@@ -43,6 +44,7 @@ def audit(
     """
     from bifusion_diag.config import load_settings
     from bifusion_diag.diagnosis.thresholds import read_thresholds
+    from bifusion_diag.reports.files import write_json
 
     shorthands: dict[str, Any] = {
         "data.source": data,
@@ -56,6 +58,7 @@ def audit(
     bounds = read_thresholds(thresholds, threshold or ())
     if json is not None:
         _check_file(json)
+    # loads PyTorch: bad input is refused before
     from bifusion_diag.experiments.audit import audit as measure
     from bifusion_diag.experiments.audit.terminal import print_audit
 
@@ -71,10 +74,7 @@ def audit(
     console = Console()
     print_audit(console, found)
     if json is not None:
-        from bifusion_diag.cli.output import print_written
-        from bifusion_diag.files import write_text
-
-        write_text(json, _as_json(found.to_dict()))
+        write_json(json, found.to_dict())
         print_written(console, [json])
     raise typer.Exit(1 if found.count("error") else 0)
 
@@ -89,9 +89,3 @@ def _check_file(path: Path) -> None:
     """Bad paths end the command before minutes of measuring."""
     if path.is_dir():
         raise UserError(f"--json {path}: is a folder. Give a file to write.")
-
-
-def _as_json(content: dict[str, Any]) -> str:
-    import json
-
-    return json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False) + "\n"

@@ -77,11 +77,10 @@ def _lead(rule: str) -> str:
 
 
 def _write(path: Path) -> None:
-    import json
 
     from bifusion_diag.diagnosis.rules import RULES, page_of, rule_ids
     from bifusion_diag.diagnosis.thresholds import Thresholds
-    from bifusion_diag.files import write_text
+    from bifusion_diag.reports.files import write_json
 
     known = {rule.id: rule for rule in RULES}
     pages = [
@@ -97,4 +96,4 @@ def _write(path: Path) -> None:
         {"name": name, "value": field.default, "why": field.description}
         for name, field in Thresholds.model_fields.items()
     ]
-    write_text(path, json.dumps({"rules": pages, "thresholds": bounds}, indent=1, ensure_ascii=False) + "\n")
+    write_json(path, {"rules": pages, "thresholds": bounds})

@@ -31,8 +31,8 @@ _STAGE = "stage"  # kind of an event from which on the loss may be another sum
 
 
 def nothing_learned(context: Context) -> list[Finding] | NotMeasured:
-    """The loss has not fallen although there were steps enough: Mann–Whitney's test of the end against the "
-    "beginning."""
+    """The loss has not fallen although there were steps enough: Mann–Whitney's test of the end against the
+    beginning."""
     total = context.run.series(TOTAL)
     needed = context.thresholds.learning_steps
     if total is None:
